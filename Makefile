@@ -1,0 +1,47 @@
+# make demo   a fresh virtual environment, then a small model learns to reason by GRPO (CPU, a few minutes)
+# make test   a fresh virtual environment, then every check: ruff, mypy, pytest
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SEED   ?= 0
+OUT    ?= runs/demo
+# The CPU build for machines without an NVIDIA GPU; with one, the build that the package index gives.
+CPU_TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.train
+	$(BIN)/grpo-fast train --out $(OUT) --seed $(SEED)
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A CPU build that the machine already has comes first, so that nothing is fetched for it.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q torch; else \
+	  $(BIN)/pip install -q --no-index --no-deps "$(CPU_TORCH)" 2>/dev/null || \
+	  $(BIN)/pip install -q --index-url $(CPU_INDEX) "$(CPU_TORCH)"; fi
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -e ".[train]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The public ops, one a file: input checks, choice of implementation, autograd."""

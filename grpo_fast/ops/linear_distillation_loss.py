@@ -1,0 +1,90 @@
+"""Divergence between a student's and a teacher's next-token distributions, from their hidden states."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import Tensor
+
+from grpo_fast import backend
+from grpo_fast.ops._checks import MASKS, Shapes, check_choice, check_logits_options
+from grpo_fast.ops.linear_cross_entropy import Reduction, check_num_items, reduce_tokens
+from grpo_fast.ops.linear_selective_log_softmax import check_head
+from grpo_fast.reference import linear_divergence_ref
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    beta: float = 0.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items_in_batch: float | Tensor | None = None,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Generalized Jensen-Shannon divergence of each token (GKD, arXiv 2306.13649); no logits whole in memory.
+
+    Args:
+        student_hidden: (..., student H) float.
+        student_weight: (V, student H) float, the student's head.
+        teacher_hidden: (..., teacher H) float, aligned with the student's. No gradient flows to the teacher.
+        teacher_weight: (V, teacher H) float, over the same vocabulary.
+        completion_mask: (...,); positions where it is 0 are not projected and add nothing.
+        beta: 0 is the forward KL(teacher || student), 1 the reverse KL(student || teacher); between them
+            beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
+        student_bias, teacher_bias: (V,) float.
+        reduction: ``"mean"`` over the tokens that count (0 when there are none), ``"sum"``, or ``"none"``.
+        num_items_in_batch: With ``"mean"``, the number to divide by instead, a number or a 0-d tensor.
+        temperature: Divides both models' logits.
+        student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap: As in ``selective_log_softmax``.
+        impl: None, or an implementation by name.
+
+    Returns:
+        A scalar, or (...,) with ``"none"``, in nats; float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: An argument is wrong; the message names it.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    shapes = Shapes()
+    is_tensor = isinstance(student_hidden, Tensor)
+    token_dims = tuple(f"dim {i}" for i in range(student_hidden.dim() - 1)) if is_tensor else ()
+    check_head(shapes, student_hidden, student_weight, student_bias, token_dims, of="student_")
+    check_head(shapes, teacher_hidden, teacher_weight, teacher_bias, token_dims, of="teacher_")
+    shapes.optional("completion_mask", completion_mask, token_dims, dtypes=MASKS)
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"beta: got {beta!r}, want a number")
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta: got {beta}, want between 0 (forward KL) and 1 (reverse KL)")
+    check_choice("reduction", reduction, get_args(Reduction))
+    check_num_items(shapes, num_items_in_batch, reduction)
+    check_logits_options(temperature, student_logit_scale, student_softcap)
+    check_logits_options(temperature, teacher_logit_scale, teacher_softcap)
+    backend.choose("linear_distillation_loss", impl, student_hidden.device)
+
+    divergence = linear_divergence_ref(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        beta=float(beta),
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        mask=completion_mask,
+        temperature=temperature,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+    )
+    return reduce_tokens(divergence, completion_mask, reduction, num_items_in_batch)
