@@ -1,0 +1,72 @@
+"""What an installed package promises: light imports, arrows that point one way, names that are real."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grpo_fast
+
+ROOT = Path(grpo_fast.__file__).parent
+
+# What each part may import from this project.
+ALLOWED = {
+    "config": set(),
+    "version": set(),
+    "reference": {"config"},
+    "backend": set(),
+    "kernels": set(),
+    "ops": {"ops", "backend", "config", "reference", "kernels"},
+    "train": {"train", "ops", "backend", "version", ""},
+    "__init__": {"ops", "config", "version"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level parts of grpo_fast that a file imports; "" is the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "grpo_fast":
+            parts = {p.stem for p in ROOT.iterdir()}
+            names = [f"grpo_fast.{a.name}" if a.name in parts else "grpo_fast" for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        found |= {name.partition(".")[2].split(".")[0] for name in names if name.split(".")[0] == "grpo_fast"}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert imports(path) <= ALLOWED[part]
+
+
+def test_kernels_import_triton_and_torch_only() -> None:
+    kernels = importlib.import_module("grpo_fast.kernels")
+    assert kernels.__file__ is not None
+    for path in Path(kernels.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {a.name.split(".")[0] for a in node.names} <= {"torch", "triton"}, path
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] in {"torch", "triton", "__future__"}, path
+
+
+def test_importing_the_ops_is_light() -> None:
+    code = "import sys, grpo_fast; print(*{'triton', 'transformers', 'matplotlib', 'grpo_fast.train'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == []
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in grpo_fast.__all__:
+        assert getattr(grpo_fast, name).__doc__, name
+    assert (ROOT / "py.typed").exists()
