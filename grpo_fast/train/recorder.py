@@ -1,0 +1,76 @@
+"""What a run writes down as it goes: metrics as JSON lines and for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from grpo_fast.version import __version__
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Recorder:
+    """Appends metrics rows of GRPO steps.
+
+    Args:
+        folder: The run's folder; gets ``metrics.jsonl`` and ``tensorboard/``.
+        last_step: Rows of later steps are dropped: what a run wrote between its last checkpoint and its end.
+    """
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder / METRICS_FILE
+        kept = [row for row in read_metrics(self._path) if row["step"] <= last_step] if self._path.exists() else []
+        partial = self._path.with_name(f"{METRICS_FILE}.partial")
+        partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+        partial.replace(self._path)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Append one row, ``step`` first."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush what TensorBoard has not written."""
+        self._board.close()  # type: ignore[no-untyped-call]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file; a last line that a kill tore off is left out.
+
+    Raises:
+        ValueError: Another line is no JSON object; the message names it.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: no JSON object: {line[:60]!r}") from error
+    return rows
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "reasoning-gym", "safetensors")
+    return {"grpo_fast": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's architecture with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"

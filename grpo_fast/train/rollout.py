@@ -1,0 +1,101 @@
+"""Sampling: groups of completions from one batched pass with a key-value cache, log-probs kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from grpo_fast.train.model import Policy
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of some prompts; the B rows go prompt by prompt, a group's side by side.
+
+    Attributes:
+        prompt_ids: (B, P) int64, padded on the left.
+        prompt_mask: (B, P) bool.
+        completion_ids: (B, T) int64, padded on the right, the end token included.
+        completion_mask: (B, T) bool.
+        logps: (B, T) float32 log-probs under the distribution sampled from; 0 where masked.
+        texts: The completions without end and padding tokens.
+        truncated: (B,) bool, no end token within ``max_new_tokens``.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    logps: Tensor
+    texts: list[str]
+    truncated: Tensor
+
+    def part(self, rows: slice) -> Rollout:
+        """Some of the rows."""
+        return Rollout(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+def pad_left(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids as one tensor (B, P), padded on the left, and its mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) >= (width - lengths)[:, None]
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: list[list[int]],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> Rollout:
+    """Sample ``group_size`` completions of each prompt; ``temperature`` 0 takes the likeliest token instead."""
+    was_training = policy.model.training
+    policy.model.eval()
+    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
+
+    # Each prompt is read once; its cache is then shared out to its group.
+    out = policy.forward(prompt_ids, prompt_mask, use_cache=True)
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(group_size)
+    hidden = out.last_hidden_state[:, -1].repeat_interleave(group_size, 0)  # (B, H)
+    prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
+    rows = prompt_ids.size(0)
+
+    mask = torch.zeros(rows, prompt_mask.size(1) + max_new_tokens, dtype=torch.bool, device=policy.device)
+    mask[:, : prompt_mask.size(1)] = prompt_mask
+    alive = torch.ones(rows, dtype=torch.bool, device=policy.device)
+    ids, logps, kept = [], [], []
+    for position in range(prompt_mask.size(1), mask.size(1)):
+        log_p = policy.log_probs(hidden, temperature or 1.0)  # (B, V)
+        if temperature > 0:
+            token = torch.multinomial(log_p.exp(), 1, generator=generator).squeeze(-1)
+        else:
+            token = log_p.argmax(-1)
+        ids.append(torch.where(alive, token, policy.pad_id))
+        logps.append(torch.where(alive, log_p.gather(-1, token[:, None]).squeeze(-1), 0.0))
+        kept.append(alive)
+        alive = alive & (token != policy.eos_id)
+        if not alive.any():
+            break
+        mask[:, position] = kept[-1]
+        out = policy.forward(ids[-1][:, None], mask[:, : position + 1], past_key_values=cache, use_cache=True)
+        hidden = out.last_hidden_state[:, -1]
+    policy.model.train(was_training)
+
+    completion_ids = torch.stack(ids, 1)
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids,
+        completion_mask=torch.stack(kept, 1),
+        logps=torch.stack(logps, 1),
+        texts=[policy.decode(row) for row in completion_ids],
+        truncated=alive,
+    )

@@ -1,0 +1,317 @@
+"""The run: cold start, then GRPO - sample groups, score them, push toward the answers that beat their group."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_fast.train.checkpoint import find_checkpoint, load_weights, read_state, restore, save_checkpoint, write_json
+from grpo_fast.train.evaluate import Evaluation, evaluate
+from grpo_fast.train.model import Policy, load_policy
+from grpo_fast.train.progress import progress, stop_flag
+from grpo_fast.train.recorder import Recorder, device_name, versions
+from grpo_fast.train.rewards import (
+    RewardFunction,
+    accuracy_reward,
+    combine,
+    format_reward,
+    load_reward,
+    repetition_penalty_reward,
+    soft_overlong_reward,
+)
+from grpo_fast.train.rollout import Rollout, sample
+from grpo_fast.train.settings import Settings, to_json
+from grpo_fast.train.supervised import supervised_loss
+from grpo_fast.train.tasks import Problem, Split, load_task
+from grpo_fast.train.update import grpo_update, reference_logps, slices
+
+SETTINGS_FILE = "settings.json"
+SUMMARY_FILE = "summary.json"
+COLD_START = "cold_start"
+GRPO = "grpo"
+
+
+class RunStopped(KeyboardInterrupt):
+    """A signal ended the run after a whole step; the checkpoint is written."""
+
+
+def train(settings: Settings, folder: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
+    """Cold start, GRPO and evaluation; everything it writes lies in ``folder``.
+
+    Args:
+        settings: The run. With ``resume``, the ones it began with.
+        folder: Gets ``settings.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint/``, the models
+            ``cold_start/`` and ``model/`` (which transformers loads), and ``summary.json``.
+        resume: Go on from the checkpoint in ``folder``; the result is that of a run that was never stopped.
+        command: The command line, kept in the summary.
+
+    Returns:
+        The summary: evaluations on test problems before and after GRPO, settings, versions, device, seconds.
+
+    Raises:
+        ValueError: ``folder`` holds a run and ``resume`` is not set, or holds none and it is; or a setting is wrong.
+        RunStopped: SIGINT or SIGTERM came; the checkpoint is written.
+    """
+    run = Run(settings, folder, _open(settings, folder, resume))
+    try:
+        if run.phase == COLD_START:
+            run.cold_start()
+            run.begin_grpo()
+        run.grpo()
+        return run.finish(command)
+    finally:
+        run.recorder.close()
+
+
+def _open(settings: Settings, folder: Path, resume: bool) -> Path | None:
+    """Prepare the folder of a run; returns the checkpoint to go on from."""
+    if not resume:
+        if (folder / SETTINGS_FILE).exists():
+            raise ValueError(f"out: {folder} holds a run already; want another folder, or --resume {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS_FILE, to_json(settings))
+    return find_checkpoint(folder)
+
+
+def reward_functions(settings: Settings, task: Any) -> dict[str, tuple[RewardFunction, float]]:
+    """The reward functions of a run by name, each with its weight."""
+    functions: dict[str, tuple[RewardFunction, float]] = {
+        "accuracy": (accuracy_reward(task), 1.0),
+        "format": (format_reward, settings.format_weight),
+    }
+    if settings.overlong_buffer:
+        functions["overlong"] = (soft_overlong_reward(settings.max_new_tokens, settings.overlong_buffer), 1.0)
+    if settings.repetition_weight:
+        functions["repetition"] = (repetition_penalty_reward(4, -settings.repetition_weight), 1.0)
+    if settings.reward:
+        functions[settings.reward.rpartition(":")[2]] = (load_reward(settings.reward), 1.0)
+    return functions
+
+
+class Run:
+    """A run's state, and its phases in order: ``cold_start``, ``begin_grpo``, ``grpo``, ``finish``.
+
+    ``phase`` and ``done`` (steps of that phase) say how far it is; both come from the checkpoint.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, checkpoint: Path | None) -> None:
+        self.settings, self.folder = settings, folder
+        # Items of reasoning-gym are drawn from seed + index, so seeds must lie further apart than a run reads.
+        self.task = load_task(settings.task, **{"seed": settings.seed * 10**9, **settings.task_overrides()})
+        self.policy = load_policy(settings.model, device=settings.device, seed=settings.seed)
+        self.rewards = reward_functions(settings, self.task)
+
+        state: dict[str, Any] = {"phase": COLD_START, "done": 0, "before": None, "seconds": {}}
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+        self.phase: str = state["phase"]
+        self.done: int = state["done"]
+        self.before: dict[str, Any] | None = state["before"]
+        self.seconds = defaultdict(float, state["seconds"])
+        self.optimizer = self._optimizer(settings.cold_start_lr if self.phase == COLD_START else settings.lr)
+        if checkpoint is not None:
+            restore(checkpoint, self.policy.model, self.optimizer)
+        self.recorder = Recorder(folder, last_step=self.done if self.phase == GRPO else -1)
+
+    def _optimizer(self, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.policy.model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=self.settings.weight_decay
+        )
+
+    # Phases ----------------------------------------------------------------------------------------------------
+
+    def cold_start(self) -> None:
+        """Supervised steps on worked traces until the sampled accuracy on dev problems is high enough."""
+        s = self.settings
+        self.policy.model.train()
+        with progress("cold start", s.cold_start_steps, self.done) as advance, stop_flag() as stop:
+            while self.done < s.cold_start_steps:
+                with self.timed("cold_start"):
+                    problems = self.task.problems("train", self.done * s.cold_start_batch, s.cold_start_batch)
+                    loss = supervised_loss(self.policy, problems)
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), 1.0)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                self.done += 1
+                advance(f"loss {loss.item():.3f}")
+                if self.done % s.cold_start_check == 0 and self.accuracy_now() >= s.cold_start_until:
+                    break
+                self.save_if_due(stop(), last=False)
+
+    def begin_grpo(self) -> None:
+        """Keep the model as it is: it is measured, and it is the reference of the KL term."""
+        self.policy.save(self.folder / COLD_START)
+        self.optimizer = self._optimizer(self.settings.lr)
+        self.phase, self.done = GRPO, 0
+        self.before = asdict(self.evaluate("test", self.settings.test_problems))
+        if self.settings.eval_every:
+            self.recorder.write(0, self.dev_metrics())
+        self.save()
+
+    def grpo(self) -> None:
+        """Sample, score, update."""
+        s = self.settings
+        reference = self.reference() if s.beta else None
+        self.policy.model.train()
+        with progress("GRPO", s.steps, self.done) as advance, stop_flag() as stop:
+            while self.done < s.steps:
+                row = self.step(reference)
+                self.done += 1
+                last = self.done == s.steps
+                if s.eval_every and (last or self.done % s.eval_every == 0):
+                    row |= self.dev_metrics()
+                self.recorder.write(self.done, row)
+                advance(f"reward {row['reward']:.2f}, {row['rewards/accuracy/mean']:.0%} right")
+                self.save_if_due(stop(), last)
+
+    def finish(self, command: str) -> dict[str, Any]:
+        """Measure the final model on test problems, write it and the summary."""
+        after = asdict(self.evaluate("test", self.settings.test_problems))
+        self.policy.save(self.folder / "model")
+        summary = {
+            "before": self.before,
+            "after": after,
+            "settings": to_json(self.settings),
+            "versions": versions(),
+            "device": device_name(self.policy.device),
+            "seconds": {**self.seconds, "total": sum(self.seconds.values())},
+            "command": command,
+        }
+        write_json(self.folder / SUMMARY_FILE, summary)
+        return summary
+
+    # One step of GRPO ------------------------------------------------------------------------------------------
+
+    def step(self, reference: Policy | None) -> dict[str, float]:
+        """One batch of B = prompts x group_size completions, at most T tokens each, and the updates on it."""
+        s, started = self.settings, time.perf_counter()
+        with self.timed("rollout"):
+            first = s.cold_start_steps * s.cold_start_batch + self.done * s.prompts  # past those of the cold start
+            problems = self.task.problems("train", first, s.prompts)
+            batch = self.sample(problems, s.group_size)
+        with self.timed("rewards"):
+            scores = combine(self.rewards, batch.texts, self.columns(problems, batch))
+            rewards = scores.total.to(self.policy.device)  # (B,)
+
+        warmup, decay = (self.done + 1) / max(s.warmup_steps, 1), max(0.1, 1 - self.done / s.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * min(1.0, warmup, decay)
+        metrics: defaultdict[str, float] = defaultdict(float)
+        with self.timed("update"):
+            ref_logps = None if reference is None else reference_logps(reference, batch, s)  # (B, T)
+            for rows in [*slices(rewards.numel(), rewards.numel() // s.minibatches)] * s.num_iterations:
+                ref = None if ref_logps is None else ref_logps[rows]
+                update = grpo_update(self.policy, self.optimizer, batch.part(rows), rewards[rows], ref, s)
+                for name, value in update.items():
+                    metrics[name] += value / (s.minibatches * s.num_iterations)
+
+        lengths, scored = batch.completion_mask.sum(-1).float(), rewards[~rewards.isnan()]
+        return {
+            "reward": scored.mean().item(),
+            "reward_std": scored.std().item(),
+            **{f"rewards/{name}/mean": x.nanmean().item() for name, x in scores.per_function.items()},
+            **metrics,
+            "completions/mean_length": lengths.mean().item(),
+            "completions/max_length": lengths.max().item(),
+            "completions/clipped_ratio": batch.truncated.float().mean().item(),
+            "num_tokens": lengths.sum().item(),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "step_time": time.perf_counter() - started,
+        }
+
+    def sample(self, problems: list[Problem], group_size: int) -> Rollout:
+        """Completions drawn from the seed, the phase and the step alone, so that a resumed run draws the same."""
+        key = f"{self.settings.seed} {self.phase} {self.done}"
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+        return sample(
+            self.policy,
+            [self.policy.prompt(p) for p in problems],
+            group_size=group_size,
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=self.settings.temperature,
+            generator=torch.Generator(self.policy.device).manual_seed(seed),
+        )
+
+    def columns(self, problems: list[Problem], batch: Rollout) -> dict[str, list[Any]]:
+        """The columns that reward functions get, one value a completion."""
+        each = [p for p in problems for _ in range(self.settings.group_size)]
+        rows = zip(batch.completion_ids, batch.completion_mask, strict=True)
+        return {
+            "prompts": [p.question for p in each],
+            "answer": [p.answer for p in each],
+            "problem": each,
+            "completion_ids": [ids[kept].tolist() for ids, kept in rows],
+        }
+
+    def reference(self) -> Policy:
+        """The model that GRPO began with, frozen."""
+        reference = copy.copy(self.policy)
+        reference.model = copy.deepcopy(self.policy.model).eval().requires_grad_(False)
+        load_weights(self.folder / COLD_START / "model.safetensors", reference.model)
+        return reference
+
+    # Measuring and saving --------------------------------------------------------------------------------------
+
+    def accuracy_now(self, problems: int = 256) -> float:
+        """Share of right answers on dev problems, one sample each."""
+        with self.timed("evaluation"):
+            chosen = self.task.problems("dev", 0, problems)
+            texts = self.sample(chosen, 1).texts
+            right = accuracy_reward(self.task)(texts, problem=chosen)
+        return sum(r or 0.0 for r in right) / problems
+
+    def evaluate(self, split: Split, problems: int) -> Evaluation:
+        """Accuracy of the model as it is."""
+        s = self.settings
+        with self.timed("evaluation"):
+            return evaluate(
+                self.policy,
+                self.task,
+                split,
+                problems=problems,
+                samples=s.eval_samples,
+                max_new_tokens=s.max_new_tokens,
+                temperature=s.temperature,
+                seed=s.seed,
+            )
+
+    def dev_metrics(self) -> dict[str, float]:
+        """Accuracy on dev problems, under the names of a metrics row."""
+        found = self.evaluate("dev", self.settings.eval_problems)
+        return {
+            "eval/pass@1": found.pass_at_1,
+            "eval/pass@1_se": found.pass_at_1_se,
+            "eval/cons@k": found.cons_at_k,
+            "eval/greedy": found.greedy,
+        }
+
+    def save_if_due(self, stop: bool, last: bool) -> None:
+        """Save every ``save_every`` steps, at the end, and before a signal ends the run."""
+        if stop or last or self.done % self.settings.save_every == 0:
+            self.save()
+        if stop:
+            raise RunStopped
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = {"phase": self.phase, "done": self.done, "before": self.before, "seconds": dict(self.seconds)}
+        save_checkpoint(self.folder, self.policy.model, self.optimizer, state)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of a block to ``seconds``."""
+        start = time.perf_counter()
+        yield
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - start

