@@ -162,8 +162,8 @@ def _eval(options: dict[str, Any], command: str) -> None:
 def _report(options: dict[str, Any], command: str) -> None:
     from rich.console import Console
 
+    from grpo_fast.train.recorder import SUMMARY_FILE
     from grpo_fast.train.report import table, write
-    from grpo_fast.train.trainer import SUMMARY_FILE
 
     folder: Path = options["folder"]
     if not (folder / SUMMARY_FILE).is_file():

@@ -12,6 +12,7 @@ import torch
 from grpo_fast.version import __version__
 
 METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
 
 
 class Recorder:

@@ -18,7 +18,7 @@ from grpo_fast.train.checkpoint import find_checkpoint, load_weights, read_state
 from grpo_fast.train.evaluate import Evaluation, evaluate
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.progress import progress, stop_flag
-from grpo_fast.train.recorder import Recorder, device_name, versions
+from grpo_fast.train.recorder import SUMMARY_FILE, Recorder, device_name, versions
 from grpo_fast.train.rewards import (
     RewardFunction,
     accuracy_reward,
@@ -35,7 +35,7 @@ from grpo_fast.train.tasks import Problem, Split, load_task
 from grpo_fast.train.update import grpo_update, reference_logps, slices
 
 SETTINGS_FILE = "settings.json"
-SUMMARY_FILE = "summary.json"
+
 COLD_START = "cold_start"
 GRPO = "grpo"
 
