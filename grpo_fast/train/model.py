@@ -118,8 +118,8 @@ class Policy:
 def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
     """Load a model by name: ``"tiny"``, ``"smollm2-135m"``, a folder, or a name on the hub.
 
-    ``"tiny"`` is made anew, its weights drawn from ``seed``. Weights are float32; only safetensors files and the
-    fetched GGUF are read, and no code that comes with a model runs.
+    ``"tiny"`` is made anew, its weights drawn from ``seed``. Weights are float32; only safetensors files are
+    read, and no code that comes with a model runs.
 
     Raises:
         ValueError: No such model, a fetchable one that is not fetched yet, or a device that is not there.
@@ -131,22 +131,15 @@ def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
         torch.manual_seed(seed)
         tokenizer = character_tokenizer()
         return Policy(tiny_model(tokenizer), tokenizer, compact=True, device=where)
-    options: dict[str, Any] = {"trust_remote_code": False}
-    source = name
-    if name in GGUF:
-        source = str(model_folder(name))
-        options["gguf_file"] = GGUF[name].file
-    elif not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    source = str(model_folder(name)) if name in GGUF else name
+    if not Path(source).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise ValueError(f"model: got {name!r}, want tiny, {', '.join(GGUF)}, a folder, or a hub name 'owner/name'")
+    safe: dict[str, Any] = {"trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if name not in GGUF:
-            options["use_safetensors"] = True
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **safe)
     except OSError as error:
         raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
-    if name in GGUF:
-        GGUF[name].repair(tokenizer)
     compact = isinstance(model, LlamaForCausalLM) and TAGS[0] in tokenizer.get_vocab()
     return Policy(model, tokenizer, compact=compact, device=where)
 
