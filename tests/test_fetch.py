@@ -13,8 +13,8 @@ import torch
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("reasoning_gym")
 
-from grpo_fast.train import fetch as fetching
-from grpo_fast.train.model import load_policy
+from grpo_fast.train import fetch as fetching  # noqa: E402
+from grpo_fast.train.model import load_policy  # noqa: E402
 
 
 def toy_gguf(file: Path) -> torch.Tensor:

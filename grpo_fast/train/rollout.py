@@ -96,6 +96,6 @@ def sample(
         completion_ids=completion_ids,
         completion_mask=torch.stack(kept, 1),
         logps=torch.stack(logps, 1),
-        texts=[policy.decode(row) for row in completion_ids],
+        texts=[policy.decode(row) for row in completion_ids.cpu()],
         truncated=alive,
     )

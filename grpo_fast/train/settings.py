@@ -128,14 +128,18 @@ _AT_LEAST_ZERO = tuple(
 PRESETS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "task_options": '{"min_terms": 2, "max_terms": 3}',
-        "cold_start_steps": 0,
-        "steps": 100,
-        "max_new_tokens": 96,
-        "micro_prompts": 16,
-        "lr": 3e-6,
+        "cold_start_steps": 100,
+        "cold_start_batch": 32,
+        "cold_start_lr": 2e-5,
+        "cold_start_until": 0.25,
+        "cold_start_check": 5,
+        "steps": 250,
+        "group_size": 16,
+        "micro_prompts": 8,
+        "lr": 1e-5,
         "max_grad_norm": 1.0,
-        "eval_every": 20,
-        "eval_samples": 4,
+        "eval_every": 25,
+        "save_every": 100,
     },
 }
 

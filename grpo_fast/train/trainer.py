@@ -245,7 +245,7 @@ class Run:
     def columns(self, problems: list[Problem], batch: Rollout) -> dict[str, list[Any]]:
         """The columns that reward functions get, one value a completion."""
         each = [p for p in problems for _ in range(self.settings.group_size)]
-        rows = zip(batch.completion_ids, batch.completion_mask, strict=True)
+        rows = zip(batch.completion_ids.cpu(), batch.completion_mask.cpu(), strict=True)
         return {
             "prompts": [p.question for p in each],
             "answer": [p.answer for p in each],
