@@ -20,7 +20,7 @@ from grpo_fast.train.model import load_policy  # noqa: E402
 def toy_gguf(file: Path) -> torch.Tensor:
     """Write a Llama of one layer, as quantized models are; returns its embeddings."""
     width, layer = 32, "blk.0."
-    tokens = ["<pad>", "<end>", *"abcdefgh", "ab"]
+    tokens = ["<pad>", "<end>", *"abcdefgh", "ab", "cd"]
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -32,7 +32,7 @@ def toy_gguf(file: Path) -> torch.Tensor:
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}

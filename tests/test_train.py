@@ -18,7 +18,7 @@ from grpo_fast.train import checkpoint, trainer
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.recorder import read_metrics
 from grpo_fast.train.rollout import Rollout, sample
-from grpo_fast.train.settings import Settings, load_settings
+from grpo_fast.train.settings import PRESETS, Settings, load_settings
 from grpo_fast.train.supervised import supervised_loss
 from grpo_fast.train.tasks import TASKS, completion_text, load_task
 from grpo_fast.train.trainer import RunStopped, train
@@ -197,7 +197,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, train(SMALL, folder)
+    return folder, train(SMALL, folder, command="begun so")
 
 
 def test_a_run_leaves_what_it_promises(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -241,12 +241,14 @@ def test_a_resumed_run_is_the_same_run(
 
     monkeypatch.setattr(trainer, original.__name__, interrupt)
     with pytest.raises(OSError if how == "crash" else RunStopped):
-        train(SMALL, tmp_path / "run")
+        train(SMALL, tmp_path / "run", command="begun so")
     monkeypatch.undo()
-    resumed = train(SMALL, tmp_path / "run", resume=True)
+    resumed = train(SMALL, tmp_path / "run", resume=True, command="resumed so")
     assert rows(tmp_path / "run") == rows(folder)
     for key in ("before", "after"):
         assert resumed[key] == summary[key]
+    if how == "signal":
+        assert resumed["command"] == summary["command"]
     final = [checkpoint.load_file(f / "model" / "model.safetensors") for f in (tmp_path / "run", folder)]
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[1])
 
@@ -334,7 +336,7 @@ def test_settings_from_a_file_and_flags(tmp_path: Path, name: str, text: str) ->
 
 
 def test_a_preset_gives_way_to_what_is_said() -> None:
-    assert load_settings({"model": "smollm2-135m"}).cold_start_steps == 0
+    assert load_settings({"model": "smollm2-135m"}).cold_start_steps == PRESETS["smollm2-135m"]["cold_start_steps"]
     assert load_settings({"model": "smollm2-135m", "cold_start_steps": 5}).cold_start_steps == 5
 
 

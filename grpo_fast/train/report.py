@@ -112,7 +112,7 @@ def _accuracy(axis: Axes, rows: list[dict[str, float]]) -> None:
     axis.set_ylim(0, 1.02)
     axis.set_title("Accuracy on dev problems", loc="left", fontweight="bold")
     axis.set_ylabel("share right")
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="lower right", framealpha=1.0, edgecolor="none")
 
 
 def _series(axis: Axes, rows: list[dict[str, float]], key: str) -> None:

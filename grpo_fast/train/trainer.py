@@ -52,7 +52,7 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, command: st
         folder: Gets ``settings.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint/``, the models
             ``cold_start/`` and ``model/`` (which transformers loads), and ``summary.json``.
         resume: Go on from the checkpoint in ``folder``; the result is that of a run that was never stopped.
-        command: The command line, kept in the summary.
+        command: The command line that begins the run, kept in the summary.
 
     Returns:
         The summary: evaluations on test problems before and after GRPO, settings, versions, device, seconds.
@@ -61,13 +61,13 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, command: st
         ValueError: ``folder`` holds a run and ``resume`` is not set, or holds none and it is; or a setting is wrong.
         RunStopped: SIGINT or SIGTERM came; the checkpoint is written.
     """
-    run = Run(settings, folder, _open(settings, folder, resume))
+    run = Run(settings, folder, _open(settings, folder, resume), command)
     try:
         if run.phase == COLD_START:
             run.cold_start()
             run.begin_grpo()
         run.grpo()
-        return run.finish(command)
+        return run.finish()
     finally:
         run.recorder.close()
 
@@ -103,18 +103,19 @@ class Run:
     ``phase`` and ``done`` (steps of that phase) say how far it is; both come from the checkpoint.
     """
 
-    def __init__(self, settings: Settings, folder: Path, checkpoint: Path | None) -> None:
+    def __init__(self, settings: Settings, folder: Path, checkpoint: Path | None, command: str = "") -> None:
         self.settings, self.folder = settings, folder
         # Items of reasoning-gym are drawn from seed + index, so seeds must lie further apart than a run reads.
         self.task = load_task(settings.task, **{"seed": settings.seed * 10**9, **settings.task_overrides()})
         self.policy = load_policy(settings.model, device=settings.device, seed=settings.seed)
         self.rewards = reward_functions(settings, self.task)
 
-        state: dict[str, Any] = {"phase": COLD_START, "done": 0, "before": None, "seconds": {}}
+        state: dict[str, Any] = {"phase": COLD_START, "done": 0, "before": None, "seconds": {}, "command": command}
         if checkpoint is not None:
             state = read_state(checkpoint)
         self.phase: str = state["phase"]
         self.done: int = state["done"]
+        self.command: str = state["command"]
         self.before: dict[str, Any] | None = state["before"]
         self.seconds = defaultdict(float, state["seconds"])
         self.optimizer = self._optimizer(settings.cold_start_lr if self.phase == COLD_START else settings.lr)
@@ -174,7 +175,7 @@ class Run:
                 advance(f"reward {row['reward']:.2f}, {row['rewards/accuracy/mean']:.0%} right")
                 self.save_if_due(stop(), last)
 
-    def finish(self, command: str) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Measure the final model on test problems, write it and the summary."""
         after = asdict(self.evaluate("test", self.settings.test_problems))
         self.policy.save(self.folder / "model")
@@ -185,7 +186,7 @@ class Run:
             "versions": versions(),
             "device": device_name(self.policy.device),
             "seconds": {**self.seconds, "total": sum(self.seconds.values())},
-            "command": command,
+            "command": self.command,
         }
         write_json(self.folder / SUMMARY_FILE, summary)
         return summary
@@ -304,7 +305,13 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        state = {"phase": self.phase, "done": self.done, "before": self.before, "seconds": dict(self.seconds)}
+        state = {
+            "phase": self.phase,
+            "done": self.done,
+            "before": self.before,
+            "seconds": dict(self.seconds),
+            "command": self.command,
+        }
         save_checkpoint(self.folder, self.policy.model, self.optimizer, state)
 
     @contextmanager
