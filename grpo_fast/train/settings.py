@@ -37,14 +37,14 @@ class Settings:
     cold_start_until: float = _setting(
         0.45, "end the cold start when the sampled accuracy on dev problems reaches this"
     )
-    cold_start_check: int = _setting(25, "supervised steps between two looks at that accuracy")
+    cold_start_check: int = _setting(10, "supervised steps between two looks at that accuracy")
 
-    steps: int = _setting(120, "GRPO steps; each samples a batch and makes num_iterations updates on it")
+    steps: int = _setting(140, "GRPO steps; each samples a batch and makes num_iterations updates on it")
     prompts: int = _setting(32, "problems a step")
     group_size: int = _setting(8, "completions a problem (G)")
     max_new_tokens: int = _setting(64, "longest completion, in tokens")
     temperature: float = _setting(1.0, "sampling temperature, in the loss too")
-    minibatches: int = _setting(2, "updates a batch is dealt out to; from the second on the ratio is not 1")
+    minibatches: int = _setting(4, "updates a batch is dealt out to; from the second on the ratio is not 1")
     num_iterations: int = _setting(1, "times each batch is gone through")
     micro_prompts: int = _setting(32, "problems a backward pass; fewer need less memory, the gradient is the same")
     lr: float = _setting(1e-4, "AdamW's learning rate at its peak")
@@ -135,6 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cold_start_check": 5,
         "steps": 250,
         "group_size": 16,
+        "minibatches": 2,
         "micro_prompts": 8,
         "lr": 1e-5,
         "max_grad_norm": 1.0,
