@@ -14,8 +14,8 @@ pytest.importorskip("reasoning_gym")
 from grpo_fast.train.cli import main
 from grpo_fast.train.settings import Settings
 
-TINY_RUN = """--cold-start-steps 2 --cold-start-batch 4 --steps 2 --prompts 2 --group-size 2 --max-new-tokens 8
---eval-every 1 --eval-problems 2 --eval-samples 2 --test-problems 3 --device cpu""".split()
+TINY_RUN = """--cold-start-steps 2 --cold-start-batch 4 --steps 2 --prompts 2 --minibatches 1 --group-size 2
+--max-new-tokens 8 --eval-every 1 --eval-problems 2 --eval-samples 2 --test-problems 3 --device cpu""".split()
 
 
 def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def group_advantages(
     shapes.check("rewards", rewards, ("B",))
     check_groups(shapes, group_size, group_ids)
     check_choice("scale", scale, get_args(ScaleRewards))
-    backend.choose("group_advantages", impl, rewards.device)
+    backend.choose("group_advantages", impl, rewards)
     return group_advantages_ref(rewards, group_size=group_size, group_ids=group_ids, scale=scale)[0]
 
 

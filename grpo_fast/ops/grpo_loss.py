@@ -8,6 +8,7 @@ from grpo_fast import backend
 from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_logits_options, check_vocabulary
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
+from grpo_fast.ops.selective_log_softmax import fused_logps_and_entropy
 from grpo_fast.reference import accumulation_dtype, logps_and_entropy_ref
 
 _DEFAULT = GRPOLossConfig()
@@ -34,6 +35,7 @@ def grpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     config: GRPOLossConfig = _DEFAULT,
+    overwrite_logits: bool = False,
     impl: str | None = None,
 ) -> GRPOLossOutput:
     """The GRPO loss of completions under ``logits``: log-probs, ratio, clip, advantages, KL, metrics.
@@ -61,7 +63,7 @@ def grpo_loss(
         entropy_threshold: The same by value: tokens of at least this entropy, in nats. A number or a 0-d tensor.
         num_items_in_batch: What ``dapo``, ``cispo`` and ``vespo`` divide by, a number or a 0-d tensor; None takes
             the tokens that count in this batch. Nothing is reduced across processes here.
-        temperature, logit_scale, softcap: As in ``selective_log_softmax``.
+        temperature, logit_scale, softcap, overwrite_logits: As in ``selective_log_softmax``.
         config: The loss's options.
         impl: None, or an implementation by name.
 
@@ -94,15 +96,26 @@ def grpo_loss(
     check_vocabulary(shapes.dims["V"])
     batch.check(shapes)
     check_logits_options(temperature, logit_scale, softcap)
-    backend.choose("grpo_loss", impl, logits.device)
 
     sequences = batch.sequences(accumulation_dtype(logits))
-    logps, entropy = logps_and_entropy_ref(
-        logits,
-        completion_ids,
-        mask=sequences.mask,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-    )
+    if backend.choose("grpo_loss", impl, logits) == "torch":
+        logps, entropy = logps_and_entropy_ref(
+            logits,
+            completion_ids,
+            mask=sequences.mask,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
+    else:
+        logps, entropy = fused_logps_and_entropy(
+            logits,
+            completion_ids,
+            sequences.mask,
+            temperature,
+            logit_scale,
+            softcap,
+            return_entropy=True,
+            overwrite_logits=overwrite_logits,
+        )
     return batch.loss(logps, entropy, sequences)

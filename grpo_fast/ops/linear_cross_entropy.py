@@ -56,7 +56,7 @@ def linear_cross_entropy(
     check_choice("reduction", reduction, get_args(Reduction))
     check_num_items(shapes, num_items_in_batch, reduction)
     check_logits_options(temperature, logit_scale, softcap)
-    backend.choose("linear_cross_entropy", impl, hidden.device)
+    backend.choose("linear_cross_entropy", impl, hidden)
 
     mask = labels != ignore_index
     logps, _ = linear_logps_ref(

@@ -70,7 +70,7 @@ def linear_distillation_loss(
     check_num_items(shapes, num_items_in_batch, reduction)
     check_logits_options(temperature, student_logit_scale, student_softcap)
     check_logits_options(temperature, teacher_logit_scale, teacher_softcap)
-    backend.choose("linear_distillation_loss", impl, student_hidden.device)
+    backend.choose("linear_distillation_loss", impl, student_hidden)
 
     divergence = linear_divergence_ref(
         student_hidden,

@@ -82,7 +82,7 @@ def linear_grpo_loss(
     check_head(shapes, hidden, weight, bias, batch.token_dims)
     batch.check(shapes)
     check_logits_options(temperature, logit_scale, softcap)
-    backend.choose("linear_grpo_loss", impl, hidden.device)
+    backend.choose("linear_grpo_loss", impl, hidden)
 
     sequences = batch.sequences(accumulation_dtype(hidden, weight))
     logps, entropy = linear_logps_ref(

@@ -47,7 +47,7 @@ def linear_selective_log_softmax(
     shapes.check("index", index, token_dims, dtypes=IDS)
     shapes.optional("mask", mask, token_dims, dtypes=MASKS)
     check_logits_options(temperature, logit_scale, softcap)
-    backend.choose("linear_selective_log_softmax", impl, hidden.device)
+    backend.choose("linear_selective_log_softmax", impl, hidden)
     logps, entropy = linear_logps_ref(
         hidden,
         weight,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from grpo_fast import backend
@@ -18,6 +21,7 @@ def selective_log_softmax(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    overwrite_logits: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(z / temperature)[index], with z = softcap * tanh(logit_scale * logits / softcap).
@@ -30,6 +34,8 @@ def selective_log_softmax(
         logit_scale: Multiplies the logits.
         softcap: Bound of the logits in the manner of Gemma 2; None for none.
         return_entropy: Also return the entropy of each position in nats, differentiable.
+        overwrite_logits: The backward writes the gradient over the logits instead of into a buffer as large, so there
+            is no second backward. The ``"torch"`` implementation leaves them alone.
         impl: None, or an implementation by name.
 
     Returns:
@@ -46,8 +52,138 @@ def selective_log_softmax(
     shapes.optional("mask", mask, token_dims, dtypes=MASKS)
     check_vocabulary(shapes.dims["V"])
     check_logits_options(temperature, logit_scale, softcap)
-    backend.choose("selective_log_softmax", impl, logits.device)
-    logps, entropy = logps_and_entropy_ref(
-        logits, index, mask=mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap
+    if backend.choose("selective_log_softmax", impl, logits) == "torch":
+        logps, entropy = logps_and_entropy_ref(
+            logits, index, mask=mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap
+        )
+        return (logps, entropy) if return_entropy else logps
+    logps, entropy = fused_logps_and_entropy(
+        logits, index, mask, temperature, logit_scale, softcap, return_entropy, overwrite_logits
     )
     return (logps, entropy) if return_entropy else logps
+
+
+def fused_logps_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    return_entropy: bool,
+    overwrite_logits: bool,
+) -> tuple[Tensor, Tensor]:
+    """The kernels, over arguments that are checked: (logps, entropy), the entropy empty unless asked for."""
+    shape = index.shape
+    # Rows are (B, T): any strides of these two are taken as they are, and a view is enough for (N, V) and (V,).
+    rows = logits.reshape(-1, *logits.shape[-2:]) if logits.dim() > 2 else logits.reshape(1, -1, logits.size(-1))
+    index = index.reshape(rows.shape[:2]).contiguous()
+    if mask is not None:
+        mask = mask.reshape(rows.shape[:2]).bool().contiguous()
+    logps, entropy, _, _ = _selective_log_softmax(
+        rows, index, mask, temperature, logit_scale, softcap, return_entropy, overwrite_logits
+    )
+    return logps.view(shape), entropy.view(shape) if return_entropy else entropy
+
+
+@torch.library.custom_op("grpo_fast::selective_log_softmax", mutates_args=())
+def _selective_log_softmax(
+    logits: Tensor,
+    index: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    return_entropy: bool,
+    overwrite_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from grpo_fast.kernels.selective_log_softmax import selective_log_softmax_fwd
+
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = selective_log_softmax_fwd(
+        logits, index, mask, temperature, logit_scale, softcap, return_entropy
+    )
+    return results
+
+
+@_selective_log_softmax.register_fake
+def _(
+    logits: Tensor,
+    index: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    return_entropy: bool,
+    overwrite_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logps, shifts, totals = (logits.new_empty(index.shape, dtype=torch.float32) for _ in range(3))
+    entropy = logits.new_empty(index.shape if return_entropy else (0,), dtype=torch.float32)
+    return logps, entropy, shifts, totals
+
+
+@torch.library.custom_op("grpo_fast::selective_log_softmax_backward", mutates_args=("out",))
+def _selective_log_softmax_backward(
+    out: Tensor,
+    logits: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    logps: Tensor,
+    entropy: Tensor,
+    shifts: Tensor,
+    totals: Tensor,
+    d_logps: Tensor,
+    d_entropy: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """Write the gradient of the logits into ``out``, which holds the logits where ``logits`` is None."""
+    from grpo_fast.kernels.selective_log_softmax import selective_log_softmax_bwd
+
+    source = out if logits is None else logits
+    selective_log_softmax_bwd(
+        out,
+        source,
+        index,
+        mask,
+        logps,
+        entropy,
+        shifts,
+        totals,
+        d_logps,
+        d_entropy,
+        temperature,
+        logit_scale,
+        softcap,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, index, mask, *options, _, overwrite = inputs
+    logps, entropy, shifts, totals = output
+    ctx.mark_non_differentiable(shifts, totals)
+    ctx.set_materialize_grads(False)  # an entropy that nothing depends on costs the backward nothing
+    ctx.save_for_backward(logits, index, mask, logps, entropy, shifts, totals)
+    ctx.options, ctx.overwrite = options, overwrite
+
+
+def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    logits, index, mask, logps, entropy, shifts, totals = ctx.saved_tensors
+    out = logits.detach() if ctx.overwrite else torch.empty_like(logits)
+    _selective_log_softmax_backward(
+        out,
+        None if ctx.overwrite else logits,
+        index,
+        mask,
+        logps,
+        entropy,
+        shifts,
+        totals,
+        torch.zeros_like(logps) if d_logps is None else d_logps.contiguous(),
+        None if d_entropy is None else d_entropy.contiguous(),
+        *ctx.options,
+    )
+    return out, *[None] * 7
+
+
+_selective_log_softmax.register_autograd(_backward, setup_context=_setup_context)

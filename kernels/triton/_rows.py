@@ -1,0 +1,163 @@
+"""One row of logits: its statistics in one sweep, its gradient in another. The kernels over logits are made of these.
+
+Logits x become capped logits u (u = x without a softcap) and z = u * slope, the exponents of the softmax. A row
+is summed relative to its largest u: d_j = u_j * inner - shift with inner = slope * log2(e), by one fused
+multiply-add, so that d_j is rounded once and whatever rounding ``shift`` carries is the same in every term.
+
+The sampled token is left out of the sum and added at the end. A row that is nearly sure of it then keeps 1 - p to
+full precision, and with it the log-prob and the gradient, where 1 - exp(logp) would be 0.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# exp2 of anything below is 0 in float32, even as a subnormal; stands in for -inf where 0 * -inf must be 0.
+LOWEST = tl.constexpr(-150.0)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent without a library call; absolute error about 1e-7."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, precise where x is small."""
+    series = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * (0.25 - x * 0.2))))
+    return tl.where(x < 0.03, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(x) for x <= 0, precise where x is near 0."""
+    series = -x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
+    return tl.where(x > -0.03, series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def capped(x, cap, cap_in, HAS_SOFTCAP: tl.constexpr):
+    """u = cap * tanh(x * cap_in), or x itself."""
+    if HAS_SOFTCAP:
+        return cap * tanh(x * cap_in)
+    return x
+
+
+@triton.jit
+def row_statistics(
+    row,  # pointer to the row's first logit
+    stride,
+    V,
+    target,  # in [0, V)
+    slope,
+    cap,
+    cap_in,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(logp of the target, entropy in nats, shift, total) of a row: p_j = exp2(u_j * inner - shift) / total."""
+    inner = slope * LOG2E
+    u_t = capped(tl.load(row + target.to(tl.int64) * stride).to(tl.float32), cap, cap_in, HAS_SOFTCAP)
+    largest = tl.maximum(u_t, -1e30)  # finite, so that a banned token makes exp2(-inf) = 0 and not NaN
+    shift = largest * inner
+    others = tl.zeros([BLOCK], tl.float32)  # sum of exp2(d) over all but the target
+    weighted = tl.zeros([BLOCK], tl.float32)  # the same of d * exp2(d)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=-float("inf")).to(tl.float32)
+        u = capped(x, cap, cap_in, HAS_SOFTCAP)
+        if HAS_SOFTCAP:  # it has made the padding finite
+            u = tl.where(cols < V, u, -float("inf"))
+        block_max = tl.max(u, 0)
+        if block_max > largest:  # seldom, after the first blocks
+            move = shift - block_max * inner
+            if ENTROPY:
+                weighted = (weighted + move * others) * tl.exp2(move)
+            others *= tl.exp2(move)
+            largest = block_max
+            shift = block_max * inner
+        d = tl.fma(u, inner, -shift)
+        e = tl.exp2(d)
+        if (target >= start) & (target < start + BLOCK):
+            e = tl.where(cols == target, 0.0, e)
+        others += e
+        if ENTROPY:
+            weighted += e * tl.maximum(d, LOWEST)
+
+    rest = tl.sum(others, 0)
+    d_t = tl.fma(u_t, inner, -shift)
+    e_t = tl.exp2(d_t)
+    total = rest + e_t
+    # shift is a rounded largest * inner; what it is off by is taken back here, where it does not cancel.
+    log_total = tl.log(total) - LN2 * tl.fma(largest, inner, -shift)
+    logp = tl.where(u_t >= largest, -log1p(rest / e_t), (u_t - largest) * slope - log_total)
+    entropy = 0.0
+    if ENTROPY:
+        mean_d = (tl.sum(weighted, 0) + e_t * tl.maximum(d_t, LOWEST)) / total
+        entropy = LN2 * (tl.log2(total) - mean_d)
+    return logp, entropy, shift, total
+
+
+@triton.jit
+def row_gradient(
+    row,
+    stride,
+    out,  # pointer to the row's first gradient; may be the row itself
+    out_stride,
+    V,
+    target,  # in [0, V), or negative for none
+    logp,
+    entropy,
+    shift,
+    total,
+    d_logp,  # upstream gradient of the log-prob, and of the entropy
+    d_entropy,
+    slope,
+    cap,
+    cap_in,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write d_logp * (onehot - p) - d_entropy * p * (log p + entropy), taken back to the logits."""
+    inner = slope * LOG2E
+    # The target's own value, where 1 - p must not be a subtraction.
+    at_target = d_logp * one_minus_exp(logp)
+    flat = -d_logp
+    tilt = 0.0
+    if ENTROPY:
+        at_target -= d_entropy * tl.exp(logp) * (tl.maximum(logp, LOWEST) + entropy)
+        flat -= d_entropy * (entropy - tl.log(total))
+        tilt = -d_entropy * LN2
+    scale = slope / total
+    at_target *= slope
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=0.0).to(tl.float32)
+        u = capped(x, cap, cap_in, HAS_SOFTCAP)
+        d = tl.fma(u, inner, -shift)
+        e = tl.exp2(d) * scale
+        if ENTROPY:
+            grad = e * (flat + tilt * tl.maximum(d, LOWEST))
+        else:
+            grad = e * flat
+        if (target >= start) & (target < start + BLOCK):
+            grad = tl.where(cols == target, at_target, grad)
+        if HAS_SOFTCAP:
+            t = u / cap
+            grad *= cap * cap_in * (1.0 - t * t)
+        tl.store(out + cols.to(tl.int64) * out_stride, grad.to(out.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def row_zero(out, out_stride, V, BLOCK: tl.constexpr):
+    """Write zeros."""
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        zeros = tl.zeros([BLOCK], out.dtype.element_ty)
+        tl.store(out + cols.to(tl.int64) * out_stride, zeros, mask=cols < V)

@@ -1,0 +1,223 @@
+"""Log-probabilities of chosen tokens and entropy over logits: one read forward, one read and one write backward.
+
+Data flow, a program a row: logits -> row_statistics -> logp, entropy, and (shift, total), from which the backward
+rebuilds every probability without summing again -> row_gradient -> gradient of the logits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_fast.kernels._rows import row_gradient, row_statistics, row_zero
+
+# The piece of a row that a program holds at a time, and its warps: the fastest of ten shapes on an H200. The
+# forward's sums live in registers, so one warp with 32 values a lane runs best; the backward hardly cares.
+FWD_SHAPE = {"BLOCK": 1024, "num_warps": 1}
+BWD_SHAPE = {"BLOCK": 8192, "num_warps": 8}
+
+
+def logits_arguments(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, float]:
+    """What the kernels take for z = softcap * tanh(logit_scale * x / softcap) / temperature; see ``_rows``."""
+    if softcap is None:
+        return {"slope": logit_scale / temperature, "cap": 1.0, "cap_in": 1.0}
+    return {"slope": 1.0 / temperature, "cap": softcap, "cap_in": logit_scale / softcap}
+
+
+# T and the number of rows change with every batch: compiled for none of their values.
+@triton.jit(do_not_specialize=["T"])
+def _selective_log_softmax_fwd_kernel(
+    # inputs
+    logits,  # (B, T, V), any strides
+    index,  # (B T,)
+    mask,  # (B T,) bool
+    # outputs, all (B T,) float32
+    logps,
+    entropies,
+    shifts,
+    totals,
+    # sizes and strides
+    T,
+    V,
+    stride_b,
+    stride_t,
+    stride_v,
+    # options
+    slope,
+    cap,
+    cap_in,
+    HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    kept = tl.load(mask + n) if HAS_MASK else True
+    if kept:
+        row = logits + (n // T) * stride_b + (n % T) * stride_t
+        target = tl.load(index + n)
+        inside = (target >= 0) & (target < V)
+        logp, entropy, shift, total = row_statistics(
+            row,
+            stride_v,
+            V,
+            tl.where(inside, target, 0),
+            slope,
+            cap,
+            cap_in,
+            HAS_SOFTCAP,
+            ENTROPY,
+            BLOCK,
+        )
+        tl.store(logps + n, tl.where(inside, logp, float("nan")))
+        tl.store(shifts + n, shift)
+        tl.store(totals + n, total)
+        if ENTROPY:
+            tl.store(entropies + n, entropy)
+    else:
+        tl.store(logps + n, 0.0)
+        if ENTROPY:
+            tl.store(entropies + n, 0.0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _selective_log_softmax_bwd_kernel(
+    # inputs
+    logits,  # (B, T, V), any strides
+    index,  # (B T,)
+    mask,  # (B T,) bool
+    logps,  # and the other results of the forward
+    entropies,
+    shifts,
+    totals,
+    d_logps,  # (B T,) float32, upstream gradients
+    d_entropies,
+    # output
+    out,  # (B, T, V), any strides; may be the logits
+    # sizes and strides
+    T,
+    V,
+    stride_b,
+    stride_t,
+    stride_v,
+    out_stride_b,
+    out_stride_t,
+    out_stride_v,
+    # options
+    slope,
+    cap,
+    cap_in,
+    HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    row = logits + (n // T) * stride_b + (n % T) * stride_t
+    out_row = out + (n // T) * out_stride_b + (n % T) * out_stride_t
+    target = tl.load(index + n)
+    inside = (target >= 0) & (target < V)
+    d_logp = tl.where(inside, tl.load(d_logps + n), 0.0)
+    d_entropy = tl.load(d_entropies + n) if ENTROPY else 0.0
+    kept = tl.load(mask + n) if HAS_MASK else True
+    if kept & ((d_logp != 0.0) | (d_entropy != 0.0)):
+        entropy = tl.load(entropies + n) if ENTROPY else 0.0
+        row_gradient(
+            row,
+            stride_v,
+            out_row,
+            out_stride_v,
+            V,
+            tl.where(inside, target, -1),
+            tl.load(logps + n),
+            entropy,
+            tl.load(shifts + n),
+            tl.load(totals + n),
+            d_logp,
+            d_entropy,
+            slope,
+            cap,
+            cap_in,
+            HAS_SOFTCAP,
+            ENTROPY,
+            BLOCK,
+        )
+    else:
+        row_zero(out_row, out_stride_v, V, BLOCK)
+
+
+def selective_log_softmax_fwd(
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    return_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logps, entropy, shift, total), each (B, T) float32, of ``logits`` (B, T, V); see ``_rows`` for the last two.
+
+    ``index`` and ``mask`` (bool) are (B, T) and contiguous. Without ``return_entropy`` the entropy is empty.
+    """
+    B, T, V = logits.shape
+    logps, shifts, totals = (torch.empty(B, T, device=logits.device, dtype=torch.float32) for _ in range(3))
+    entropies = torch.empty_like(logps) if return_entropy else logps.new_empty(0)
+    if B * T > 0:
+        _selective_log_softmax_fwd_kernel[(B * T,)](
+            logits,
+            index,
+            mask,
+            logps,
+            entropies,
+            shifts,
+            totals,
+            T,
+            V,
+            *logits.stride(),
+            **logits_arguments(temperature, logit_scale, softcap),
+            HAS_MASK=mask is not None,
+            HAS_SOFTCAP=softcap is not None,
+            ENTROPY=return_entropy,
+            **FWD_SHAPE,
+        )
+    return logps, entropies, shifts, totals
+
+
+def selective_log_softmax_bwd(
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    mask: torch.Tensor | None,
+    logps: torch.Tensor,
+    entropies: torch.Tensor,
+    shifts: torch.Tensor,
+    totals: torch.Tensor,
+    d_logps: torch.Tensor,
+    d_entropies: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """Write the gradient of the logits to ``out`` (B, T, V), which may be ``logits``; the upstream is contiguous."""
+    B, T, V = logits.shape
+    if B * T > 0:
+        _selective_log_softmax_bwd_kernel[(B * T,)](
+            logits,
+            index,
+            mask,
+            logps,
+            entropies,
+            shifts,
+            totals,
+            d_logps,
+            d_entropies,
+            out,
+            T,
+            V,
+            *logits.stride(),
+            *out.stride(),
+            **logits_arguments(temperature, logit_scale, softcap),
+            HAS_MASK=mask is not None,
+            HAS_SOFTCAP=softcap is not None,
+            ENTROPY=d_entropies is not None,
+            **BWD_SHAPE,
+        )
