@@ -83,7 +83,7 @@ def test_sampling_log_probs_are_those_of_a_full_forward(policy: Policy, temperat
     batch = draw(policy, temperature)
     assert len(set(batch.prompt_mask.sum(1).tolist())) > 1
     logps = linear_selective_log_softmax(
-        policy.completion_states(batch),
+        batch.hidden_states(policy),
         index=batch.completion_ids,
         mask=batch.completion_mask,
         temperature=temperature,

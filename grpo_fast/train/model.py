@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -19,9 +19,6 @@ from transformers import (
 
 from grpo_fast.train.fetch import GGUF, model_folder
 from grpo_fast.train.tasks import ALPHABET, Problem
-
-if TYPE_CHECKING:
-    from grpo_fast.train.rollout import Rollout
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -85,13 +82,6 @@ class Policy:
             return self.model.base_model(
                 input_ids=input_ids, attention_mask=mask.long(), position_ids=positions, **options
             )
-
-    def completion_states(self, batch: Rollout) -> Tensor:
-        """Hidden states (B, T, H) that predict the completions of ``batch``."""
-        ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)
-        mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)
-        states: Tensor = self.forward(ids, mask, use_cache=False).last_hidden_state
-        return states[:, batch.prompt_ids.size(1) - 1 : -1]
 
     @property
     def head(self) -> dict[str, Any]:

@@ -36,6 +36,13 @@ class Rollout:
         """Some of the rows."""
         return Rollout(*(getattr(self, f.name)[rows] for f in fields(self)))
 
+    def hidden_states(self, policy: Policy) -> Tensor:
+        """Hidden states (B, T, H) of ``policy`` that predict the completions."""
+        ids = torch.cat([self.prompt_ids, self.completion_ids], 1)
+        mask = torch.cat([self.prompt_mask, self.completion_mask], 1)
+        states: Tensor = policy.forward(ids, mask, use_cache=False).last_hidden_state
+        return states[:, self.prompt_ids.size(1) - 1 : -1]
+
 
 def pad_left(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids as one tensor (B, P), padded on the left, and its mask."""

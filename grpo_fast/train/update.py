@@ -44,7 +44,7 @@ def grpo_update(
     for rows in slices(rewards.numel(), settings.micro_prompts * settings.group_size):
         micro, share = batch.part(rows), rewards[rows].numel() / rewards.numel()
         out = linear_grpo_loss(
-            policy.completion_states(micro),  # (b, T, H)
+            micro.hidden_states(policy),  # (b, T, H)
             completion_ids=micro.completion_ids,
             completion_mask=micro.completion_mask,
             rewards=rewards[rows],
@@ -78,7 +78,7 @@ def reference_logps(reference: Policy, batch: Rollout, settings: Settings) -> Te
     for rows in slices(len(batch.texts), settings.micro_prompts * settings.group_size):
         micro = batch.part(rows)
         logps = linear_selective_log_softmax(
-            reference.completion_states(micro),
+            micro.hidden_states(reference),
             index=micro.completion_ids,
             mask=micro.completion_mask,
             temperature=settings.temperature,
