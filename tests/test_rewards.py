@@ -197,7 +197,7 @@ def test_load_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "user_rewards", module)
     assert load_reward("user_rewards:length")(["ab", ""], answer=[1, 2]) == [2.0, 0.0]
     for spec in ("user_rewards", "user_rewards:", ":length", "", "no_such_module:f", "user_rewards:none"):
-        with pytest.raises(ValueError, match=f"^spec: got {spec!r}"):
+        with pytest.raises(ValueError, match=f"^reward: got {spec!r}"):
             load_reward(spec)
     with pytest.raises(ValueError, match="a int, want a function"):
         load_reward("user_rewards:number")

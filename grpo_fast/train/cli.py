@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Parameters of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -55,9 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, instead of a screen of flags with the error below it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows what there is\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("grpo-fast", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
+    parser = _Parser("grpo-fast", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     train = commands.add_parser("train", help="train a model by GRPO", description=_TRAIN_HELP, formatter_class=raw)
@@ -143,6 +150,8 @@ def _eval(options: dict[str, Any], command: str) -> None:
     folder: Path = options["folder"]
     if not (folder / SETTINGS_FILE).is_file():
         raise ValueError(f"folder: {folder} holds no run")
+    if options["model"] is None and not (folder / "model").is_dir():
+        raise ValueError(f"folder: {folder} holds no finished run; want one, or --model")
     settings = load_settings({}, folder / SETTINGS_FILE)
     task = load_task(settings.task, **{"seed": settings.seed * 10**9, **settings.task_overrides()})
     policy = load_policy(options["model"] or str(folder / "model"), device=settings.device)

@@ -139,27 +139,27 @@ def repetition_penalty_reward(ngram_size: int, max_penalty: float) -> RewardFunc
     return reward
 
 
-def load_reward(spec: str) -> RewardFunction:
+def load_reward(reward: str) -> RewardFunction:
     """Import a user's own reward function.
 
     Args:
-        spec: Where it is, ``"package.module:function"``.
+        reward: Where it is, ``"package.module:function"``.
 
     Raises:
         ValueError: When the text has another form, or names no importable module or no callable in it.
     """
-    module_name, _, name = spec.partition(":")
+    module_name, _, name = reward.partition(":")
     if not module_name or not name:
-        raise ValueError(f"spec: got {spec!r}, want 'package.module:function'")
+        raise ValueError(f"reward: got {reward!r}, want 'package.module:function'")
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"spec: got {spec!r}, which cannot be imported: {error}") from error
+        raise ValueError(f"reward: got {reward!r}, which cannot be imported: {error}") from error
     if not callable(function):
         kind = type(function).__name__
-        raise ValueError(f"spec: got {spec!r}, a {kind}, want a function")
-    reward: RewardFunction = function
-    return reward
+        raise ValueError(f"reward: got {reward!r}, a {kind}, want a function")
+    found: RewardFunction = function
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -78,6 +79,8 @@ class Settings:
                 object.__setattr__(self, f.name, float(value))
             elif type(value) is not type(default):
                 raise ValueError(f"{f.name}: got {value!r}, want {_article(type(default).__name__)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name}: got {value}, want a finite number")
         for name in _AT_LEAST_ONE + _AT_LEAST_ZERO:
             least = 1 if name in _AT_LEAST_ONE else 0
             if not getattr(self, name) >= least:

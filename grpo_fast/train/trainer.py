@@ -61,7 +61,9 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, command: st
         ValueError: ``folder`` holds a run and ``resume`` is not set, or holds none and it is; or a setting is wrong.
         RunStopped: SIGINT or SIGTERM came; the checkpoint is written.
     """
-    run = Run(settings, folder, _open(settings, folder, resume), command)
+    if not resume and (folder / SETTINGS_FILE).exists():
+        raise ValueError(f"out: {folder} holds a run already; want another folder, or --resume {folder}")
+    run = Run(settings, folder, command)
     try:
         if run.phase == COLD_START:
             run.cold_start()
@@ -70,16 +72,6 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, command: st
         return run.finish()
     finally:
         run.recorder.close()
-
-
-def _open(settings: Settings, folder: Path, resume: bool) -> Path | None:
-    """Prepare the folder of a run; returns the checkpoint to go on from."""
-    if not resume:
-        if (folder / SETTINGS_FILE).exists():
-            raise ValueError(f"out: {folder} holds a run already; want another folder, or --resume {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS_FILE, to_json(settings))
-    return find_checkpoint(folder)
 
 
 def reward_functions(settings: Settings, task: Any) -> dict[str, tuple[RewardFunction, float]]:
@@ -103,7 +95,7 @@ class Run:
     ``phase`` and ``done`` (steps of that phase) say how far it is; both come from the checkpoint.
     """
 
-    def __init__(self, settings: Settings, folder: Path, checkpoint: Path | None, command: str = "") -> None:
+    def __init__(self, settings: Settings, folder: Path, command: str = "") -> None:
         self.settings, self.folder = settings, folder
         # Items of reasoning-gym are drawn from seed + index, so seeds must lie further apart than a run reads.
         self.task = load_task(settings.task, **{"seed": settings.seed * 10**9, **settings.task_overrides()})
@@ -111,6 +103,7 @@ class Run:
         self.rewards = reward_functions(settings, self.task)
 
         state: dict[str, Any] = {"phase": COLD_START, "done": 0, "before": None, "seconds": {}, "command": command}
+        checkpoint = find_checkpoint(folder)
         if checkpoint is not None:
             state = read_state(checkpoint)
         self.phase: str = state["phase"]
@@ -121,6 +114,9 @@ class Run:
         self.optimizer = self._optimizer(settings.cold_start_lr if self.phase == COLD_START else settings.lr)
         if checkpoint is not None:
             restore(checkpoint, self.policy.model, self.optimizer)
+        # Only now that all of it has been found right is the folder a run's.
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS_FILE, to_json(settings))
         self.recorder = Recorder(folder, last_step=self.done if self.phase == GRPO else -1)
 
     def _optimizer(self, lr: float) -> torch.optim.Optimizer:
