@@ -263,3 +263,16 @@ def test_the_loss_is_the_references(loss_type: str, level: str) -> None:
 def test_float64_is_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match="impl='triton': computes in float32, got float64"):
         selective_log_softmax(torch.zeros(2, 5, device=DEVICE).double(), ids(2, vocabulary=5), impl="triton")
+
+
+def test_compiles_without_a_graph_break() -> None:
+    logits, inputs = rand(4, T, 101, seed=16), batch(101)
+
+    def value(x: Tensor) -> Tensor:
+        return grpo_loss(x, **inputs, config=GRPOLossConfig(beta=0.1), impl="triton").loss
+
+    grads = []
+    for fn in (value, torch.compile(value, fullgraph=True, backend="aot_eager")):
+        x = logits.clone().requires_grad_()
+        grads.append(torch.autograd.grad(fn(x), x)[0])
+    torch.testing.assert_close(*grads)
