@@ -65,25 +65,31 @@ def row_statistics(
     u_t = capped(tl.load(row + target.to(tl.int64) * stride).to(tl.float32), cap, cap_in, HAS_SOFTCAP)
     largest = tl.maximum(u_t, -1e30)  # finite, so that a banned token makes exp2(-inf) = 0 and not NaN
     shift = largest * inner
-    rest = 0.0  # sum of exp2(d) over all but the target
-    weighted = 0.0  # the same of d * exp2(d)
+    others = tl.zeros([BLOCK], tl.float32)  # sum of exp2(d) over all but the target
+    weighted = tl.zeros([BLOCK], tl.float32)  # the same of d * exp2(d)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=-float("inf")).to(tl.float32)
         u = capped(x, cap, cap_in, HAS_SOFTCAP)
         if HAS_SOFTCAP:  # it has made the padding finite
             u = tl.where(cols < V, u, -float("inf"))
-        if (target >= start) & (target < start + BLOCK):
-            u = tl.where(cols == target, -float("inf"), u)
-        largest = tl.maximum(largest, tl.max(u, 0))
-        move = shift - largest * inner
-        shift = largest * inner
+        block_max = tl.max(u, 0)
+        if block_max > largest:  # seldom, after the first blocks
+            move = shift - block_max * inner
+            if ENTROPY:
+                weighted = (weighted + move * others) * tl.exp2(move)
+            others *= tl.exp2(move)
+            largest = block_max
+            shift = block_max * inner
         d = tl.fma(u, inner, -shift)
         e = tl.exp2(d)
+        if (target >= start) & (target < start + BLOCK):
+            e = tl.where(cols == target, 0.0, e)
+        others += e
         if ENTROPY:
-            weighted = (weighted + move * rest) * tl.exp2(move) + tl.sum(e * tl.maximum(d, LOWEST), 0)
-        rest = rest * tl.exp2(move) + tl.sum(e, 0)
+            weighted += e * tl.maximum(d, LOWEST)
 
+    rest = tl.sum(others, 0)
     d_t = tl.fma(u_t, inner, -shift)
     e_t = tl.exp2(d_t)
     total = rest + e_t
@@ -92,7 +98,7 @@ def row_statistics(
     logp = tl.where(u_t >= largest, -log1p(rest / e_t), (u_t - largest) * slope - log_total)
     entropy = 0.0
     if ENTROPY:
-        mean_d = (weighted + e_t * tl.maximum(d_t, LOWEST)) / total
+        mean_d = (tl.sum(weighted, 0) + e_t * tl.maximum(d_t, LOWEST)) / total
         entropy = LN2 * (tl.log2(total) - mean_d)
     return logp, entropy, shift, total
 

@@ -10,9 +10,9 @@ import triton.language as tl
 
 from grpo_fast.kernels._rows import row_gradient, row_statistics, row_zero
 
-# The piece of a row that a program holds at a time, and its warps. One warp a row reduces without barriers; many rows
-# on each SM keep the memory busy. The backward only streams and hardly cares.
-FWD_SHAPE = {"BLOCK": 2048, "num_warps": 1}
+# The piece of a row that a program holds at a time, and its warps: the fastest of ten shapes on an H200. The
+# forward's sums live in registers, so one warp with 32 values a lane runs best; the backward hardly cares.
+FWD_SHAPE = {"BLOCK": 1024, "num_warps": 1}
 BWD_SHAPE = {"BLOCK": 8192, "num_warps": 8}
 
 
@@ -60,7 +60,7 @@ def _selective_log_softmax_fwd_kernel(
             row,
             stride_v,
             V,
-            tl.where(inside, target, 0).to(tl.int32),
+            tl.where(inside, target, 0),
             slope,
             cap,
             cap_in,
@@ -127,7 +127,7 @@ def _selective_log_softmax_bwd_kernel(
             out_row,
             out_stride_v,
             V,
-            tl.where(inside, target, -1).to(tl.int32),
+            tl.where(inside, target, -1),
             tl.load(logps + n),
             entropy,
             tl.load(shifts + n),
