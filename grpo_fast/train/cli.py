@@ -128,7 +128,10 @@ def _train(options: dict[str, Any], command: str) -> None:
     try:
         summary = train(settings, folder, resume=resume is not None, command=command)
     except RunStopped:
-        print(f"go on with: grpo-fast train --resume {folder}", file=sys.stderr)
+        program = (
+            sys.argv[0] if Path(sys.argv[0]).name == "grpo-fast" else "grpo-fast"
+        )  # make calls .venv/bin/grpo-fast
+        print(f"go on with: {program} train --resume {folder}", file=sys.stderr)
         raise
     write(folder)
     console = Console()
