@@ -131,18 +131,22 @@ class LossBatch:
         """The layout of the per-token tensors."""
         return Sequences(self.completion_ids, self.completion_mask, self.cu_seqlens, dtype)
 
+    def group_advantages(self) -> tuple[Tensor, Tensor | None]:
+        """The advantages, and the share of completions whose group has no spread, None without rewards."""
+        if self.rewards is None:
+            assert self.advantages is not None
+            return self.advantages, None
+        advantages, zero_std = group_advantages_ref(
+            self.rewards,
+            group_size=self.group_size,
+            group_ids=self.group_ids,
+            scale=self.config.scale_rewards,
+        )
+        return advantages, zero_std.to(advantages.dtype).sum() / max(zero_std.numel(), 1)
+
     def loss(self, logps: Tensor, entropy: Tensor, sequences: Sequences) -> GRPOLossOutput:
         """The reference loss from per-token log-probs and entropies."""
-        zero_std = None
-        advantages = self.advantages
-        if advantages is None:
-            assert self.rewards is not None
-            advantages, zero_std = group_advantages_ref(
-                self.rewards,
-                group_size=self.group_size,
-                group_ids=self.group_ids,
-                scale=self.config.scale_rewards,
-            )
+        advantages, zero_std = self.group_advantages()
         loss, metrics = grpo_loss_ref(
             logps,
             entropy,
@@ -158,5 +162,5 @@ class LossBatch:
             config=self.config,
         )
         if zero_std is not None:
-            metrics["frac_reward_zero_std"] = zero_std.to(loss.dtype).sum() / max(zero_std.numel(), 1)
+            metrics["frac_reward_zero_std"] = zero_std
         return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)

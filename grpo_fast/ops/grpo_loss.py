@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from grpo_fast import backend
-from grpo_fast.config import GRPOLossConfig
+from grpo_fast.config import CLIPPED_LOSSES, GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_logits_options, check_vocabulary
+from grpo_fast.ops._known_gradient import KnownGradientFunction
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
 from grpo_fast.ops.selective_log_softmax import fused_logps_and_entropy
 from grpo_fast.reference import accumulation_dtype, logps_and_entropy_ref
 
 _DEFAULT = GRPOLossConfig()
+#: What the kernel's results hold after the loss, in order.
+METRICS = (
+    "policy_loss",
+    "num_active_tokens",
+    "entropy",
+    "kl",
+    "ratio/mean",
+    "ratio/max",
+    "clip_ratio/low_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/high_mean",
+    "clip_ratio/high_max",
+    "clip_ratio/region_mean",
+    "frac_reward_zero_std",
+)
 
 
 def grpo_loss(
@@ -97,8 +116,12 @@ def grpo_loss(
     batch.check(shapes)
     check_logits_options(temperature, logit_scale, softcap)
 
+    implementation = backend.choose("grpo_loss", impl, logits)
+    if implementation != "torch" and _is_known_by_token(batch):
+        return _fused(logits, batch, temperature, logit_scale, softcap, overwrite_logits)
+    # The loss needs every token's log-prob first: log-probs, the reference on (B, T) values, then the gradient.
     sequences = batch.sequences(accumulation_dtype(logits))
-    if backend.choose("grpo_loss", impl, logits) == "torch":
+    if implementation == "torch":
         logps, entropy = logps_and_entropy_ref(
             logits,
             completion_ids,
@@ -119,3 +142,199 @@ def grpo_loss(
             overwrite_logits=overwrite_logits,
         )
     return batch.loss(logps, entropy, sequences)
+
+
+def _is_known_by_token(batch: LossBatch) -> bool:
+    """Whether a token's loss and gradient follow from its own row of logits."""
+    c = batch.config
+    return (
+        c.importance_sampling_level == "token"
+        and c.loss_type != "vespo"
+        and c.off_policy_mask_threshold is None
+        and (c.entropy_coef == 0.0 or batch.entropy_threshold is None)  # the bonus is a mean over those it selects
+    )
+
+
+def _fused(
+    logits: Tensor,
+    batch: LossBatch,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    overwrite_logits: bool,
+) -> GRPOLossOutput:
+    """The single-launch kernel over arguments that are checked."""
+    c = batch.config
+    rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
+    advantages, rewards, group_size, zero_std = batch.advantages, batch.rewards, batch.group_size, None
+    if rewards is not None and group_size is None:  # scattered groups: by ids, before the kernel
+        advantages, zero_std = batch.group_advantages()
+        rewards = None
+    needs_gradient = logits.requires_grad and torch.is_grad_enabled()
+    source = rows.detach()
+    gradient = (source if overwrite_logits else torch.empty_like(source)) if needs_gradient else None
+    low, high = 1.0 - c.epsilon_low, 1.0 + c.clip_high
+    if c.loss_type == "cispo" and c.cispo_bounds == "absolute":
+        low, high = 0.0, c.clip_high
+    reduction, divisor, num_items = _reduction(batch)
+    threshold = batch.entropy_threshold
+    if isinstance(threshold, (int, float)):
+        threshold = torch.full((), threshold, device=logits.device)
+    results, logps, entropy = _grpo_loss(
+        gradient,
+        None if overwrite_logits and needs_gradient else source,
+        *(
+            None if x is None else x.contiguous()
+            for x in (
+                batch.completion_ids,
+                batch.completion_mask,
+                batch.cu_seqlens,
+                advantages,
+                rewards,
+                batch.old_logps,
+                batch.ref_logps if c.beta != 0.0 else None,
+                batch.entropy_mask,
+                batch.importance_sampling_ratio,
+            )
+        ),
+        threshold,
+        num_items,
+        group_size=group_size or 1,
+        divisor=divisor,
+        term=c.loss_type if c.loss_type in ("cispo", "sapo") else "clipped",
+        reduction=reduction,
+        low=low,
+        high=high,
+        delta=c.delta,
+        dual_clip=c.dual_clip,
+        beta=c.beta,
+        kl_estimator=c.kl_estimator,
+        bias_correction=c.use_bias_correction_kl,
+        tau_pos=c.sapo_temperature_pos,
+        tau_neg=c.sapo_temperature_neg,
+        entropy_coef=c.entropy_coef,
+        scale_rewards=c.scale_rewards,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+    loss, *values = results.unbind()
+    metrics = {name: value for name, value in zip(METRICS, values, strict=True) if _has_metric(name, batch)}
+    if c.loss_type == "cispo":
+        metrics["cispo_clip_ratio"] = metrics.pop("clip_ratio/high_mean")
+    if zero_std is not None:
+        metrics["frac_reward_zero_std"] = zero_std
+    if gradient is not None:
+        loss = KnownGradientFunction.apply(rows, gradient, loss)
+    return GRPOLossOutput(loss, logps, entropy, metrics)
+
+
+def _reduction(batch: LossBatch) -> tuple[str, float, Tensor | None]:
+    """What the sum over tokens is divided by, as ``grpo_loss_fwd`` takes it."""
+    c, items = batch.config, batch.num_items_in_batch
+    if c.loss_type in ("grpo", "sapo"):
+        return "sequence_tokens", 1.0, None
+    if c.loss_type == "luspo":
+        return "sequences", 1.0, None
+    if c.loss_type == "dr_grpo":
+        length = c.max_completion_length
+        return ("positions", 1.0, None) if length is None else ("sequences", float(length), None)
+    if items is None or c.loss_type == "bnpo":
+        return "tokens", 1.0, None
+    if isinstance(items, Tensor):
+        return "constant", 1.0, items
+    return "constant", max(float(items), 1.0), None
+
+
+def _has_metric(name: str, batch: LossBatch) -> bool:
+    c = batch.config
+    if name == "kl":
+        return c.beta != 0.0
+    if name == "frac_reward_zero_std":
+        return batch.rewards is not None and batch.group_size is not None
+    if name == "clip_ratio/high_mean":
+        return c.loss_type != "sapo"
+    return c.loss_type in CLIPPED_LOSSES or not name.startswith("clip_ratio")
+
+
+@torch.library.custom_op("grpo_fast::grpo_loss", mutates_args=("gradient",))
+def _grpo_loss(
+    gradient: Tensor | None,
+    logits: Tensor | None,
+    completion_ids: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    entropy_mask: Tensor | None,
+    sampler_ratio: Tensor | None,
+    entropy_threshold: Tensor | None,
+    num_items: Tensor | None,
+    *,
+    group_size: int,
+    divisor: float,
+    term: str,
+    reduction: str,
+    low: float,
+    high: float,
+    delta: float | None,
+    dual_clip: float | None,
+    beta: float,
+    kl_estimator: str,
+    bias_correction: bool,
+    tau_pos: float,
+    tau_neg: float,
+    entropy_coef: float,
+    scale_rewards: str,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss and metrics, logps, entropy); ``gradient`` holds the logits where ``logits`` is None."""
+    from grpo_fast.kernels.grpo_loss import grpo_loss_fwd
+
+    source = gradient if logits is None else logits
+    results: tuple[Tensor, Tensor, Tensor] = grpo_loss_fwd(
+        gradient,
+        source,
+        completion_ids,
+        mask,
+        cu_seqlens,
+        advantages,
+        rewards,
+        old_logps,
+        ref_logps,
+        entropy_mask,
+        sampler_ratio,
+        entropy_threshold,
+        num_items,
+        group_size=group_size,
+        divisor=divisor,
+        term=term,
+        reduction=reduction,
+        low=low,
+        high=high,
+        delta=delta,
+        dual_clip=dual_clip,
+        beta=beta,
+        kl_estimator=kl_estimator,
+        bias_correction=bias_correction,
+        tau_pos=tau_pos,
+        tau_neg=tau_neg,
+        entropy_coef=entropy_coef,
+        scale_rewards=scale_rewards,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+    return results
+
+
+@_grpo_loss.register_fake
+def _(
+    gradient: Tensor | None, logits: Tensor | None, completion_ids: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    logps, entropy = (completion_ids.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
+    return logps.new_empty(1 + len(METRICS)), logps, entropy

@@ -6,6 +6,10 @@ multiply-add, so that d_j is rounded once and whatever rounding ``shift`` carrie
 
 The sampled token is left out of the sum and added at the end. A row that is nearly sure of it then keeps 1 - p to
 full precision, and with it the log-prob and the gradient, where 1 - exp(logp) would be 0.
+
+A program takes a row in tiles of (UNROLL, LANES, K) logits: K lie side by side in one 16-byte load, LANES is the
+number of threads, and each thread makes UNROLL loads before it needs the first. Every thread keeps its own maximum
+and sums, so the threads meet once a row and not once a tile.
 """
 
 import triton
@@ -33,10 +37,10 @@ def log1p(x):
 
 
 @triton.jit
-def one_minus_exp(x):
-    """1 - exp(x) for x <= 0, precise where x is near 0."""
-    series = -x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
-    return tl.where(x > -0.03, series, 1.0 - tl.exp(x))
+def expm1(x):
+    """exp(x) - 1, precise where x is near 0."""
+    series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
+    return tl.where(tl.abs(x) < 0.03, series, tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -45,6 +49,20 @@ def capped(x, cap, cap_in, HAS_SOFTCAP: tl.constexpr):
     if HAS_SOFTCAP:
         return cap * tanh(x * cap_in)
     return x
+
+
+@triton.jit
+def tile_columns(LANES: tl.constexpr, UNROLL: tl.constexpr, K: tl.constexpr):
+    """(UNROLL, LANES, K) column numbers of a row's first tile."""
+    loads = tl.arange(0, UNROLL)[:, None, None] * (LANES * K)
+    lanes = tl.arange(0, LANES)[None, :, None] * K
+    return loads + lanes + tl.arange(0, K)[None, None, :]
+
+
+@triton.jit
+def lane_sum(x):
+    """Sum a tile over what each lane holds: (UNROLL, LANES, K) -> (LANES,)."""
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
@@ -58,38 +76,40 @@ def row_statistics(
     cap_in,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """(logp of the target, entropy in nats, shift, total) of a row: p_j = exp2(u_j * inner - shift) / total."""
+    K: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
     inner = slope * LOG2E
     u_t = capped(tl.load(row + target.to(tl.int64) * stride).to(tl.float32), cap, cap_in, HAS_SOFTCAP)
-    largest = tl.maximum(u_t, -1e30)  # finite, so that a banned token makes exp2(-inf) = 0 and not NaN
-    shift = largest * inner
-    others = tl.zeros([BLOCK], tl.float32)  # sum of exp2(d) over all but the target
-    weighted = tl.zeros([BLOCK], tl.float32)  # the same of d * exp2(d)
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+    # Finite, so that a banned token makes exp2(-inf) = 0 and not NaN.
+    lane_max = tl.zeros([LANES], tl.float32) + tl.maximum(u_t, -1e30)
+    lane_shift = lane_max * inner
+    others = tl.zeros([LANES], tl.float32)  # sum of exp2(d) over all but the target
+    weighted = tl.zeros([LANES], tl.float32)  # the same of d * exp2(d)
+    first = tile_columns(LANES, UNROLL, K)
+    for start in range(0, V, UNROLL * LANES * K):
+        cols = start + first
         x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=-float("inf")).to(tl.float32)
         u = capped(x, cap, cap_in, HAS_SOFTCAP)
         if HAS_SOFTCAP:  # it has made the padding finite
             u = tl.where(cols < V, u, -float("inf"))
-        block_max = tl.max(u, 0)
-        if block_max > largest:  # seldom, after the first blocks
-            move = shift - block_max * inner
-            if ENTROPY:
-                weighted = (weighted + move * others) * tl.exp2(move)
-            others *= tl.exp2(move)
-            largest = block_max
-            shift = block_max * inner
-        d = tl.fma(u, inner, -shift)
+        if (target >= start) & (target < start + UNROLL * LANES * K):
+            u = tl.where(cols == target, -float("inf"), u)
+        lane_max = tl.maximum(lane_max, tl.max(tl.max(u, 2), 0))
+        move = lane_shift - lane_max * inner
+        lane_shift = lane_max * inner
+        d = tl.fma(u, inner, -lane_shift[None, :, None])
         e = tl.exp2(d)
-        if (target >= start) & (target < start + BLOCK):
-            e = tl.where(cols == target, 0.0, e)
-        others += e
         if ENTROPY:
-            weighted += e * tl.maximum(d, LOWEST)
+            weighted = (weighted + move * others) * tl.exp2(move) + lane_sum(e * tl.maximum(d, LOWEST))
+        others = others * tl.exp2(move) + lane_sum(e)
 
-    rest = tl.sum(others, 0)
+    largest = tl.max(lane_max, 0)
+    shift = largest * inner
+    move = lane_shift - shift
+    rest = tl.sum(others * tl.exp2(move), 0)
     d_t = tl.fma(u_t, inner, -shift)
     e_t = tl.exp2(d_t)
     total = rest + e_t
@@ -98,8 +118,8 @@ def row_statistics(
     logp = tl.where(u_t >= largest, -log1p(rest / e_t), (u_t - largest) * slope - log_total)
     entropy = 0.0
     if ENTROPY:
-        mean_d = (tl.sum(weighted, 0) + e_t * tl.maximum(d_t, LOWEST)) / total
-        entropy = LN2 * (tl.log2(total) - mean_d)
+        mean_d = tl.sum((weighted + move * others) * tl.exp2(move), 0) + e_t * tl.maximum(d_t, LOWEST)
+        entropy = LN2 * (tl.log2(total) - mean_d / total)
     return logp, entropy, shift, total
 
 
@@ -122,31 +142,38 @@ def row_gradient(
     cap_in,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Write d_logp * (onehot - p) - d_entropy * p * (log p + entropy), taken back to the logits."""
+    """Write d_logp * (onehot - p) - d_entropy * p * (log p + entropy), taken back to the logits.
+
+    From the row's end to its beginning: after ``row_statistics`` the end is what the caches still hold.
+    """
+    K: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
     inner = slope * LOG2E
     # The target's own value, where 1 - p must not be a subtraction.
-    at_target = d_logp * one_minus_exp(logp)
+    at_target = -d_logp * expm1(logp)
     flat = -d_logp
     tilt = 0.0
     if ENTROPY:
         at_target -= d_entropy * tl.exp(logp) * (tl.maximum(logp, LOWEST) + entropy)
         flat -= d_entropy * (entropy - tl.log(total))
         tilt = -d_entropy * LN2
-    scale = slope / total
     at_target *= slope
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+    flat *= slope / total
+    tilt *= slope / total
+    first = tile_columns(LANES, UNROLL, K)
+    tiles = tl.cdiv(V, UNROLL * LANES * K)
+    for tile in range(0, tiles):
+        start = (tiles - 1 - tile) * (UNROLL * LANES * K)
+        cols = start + first
         x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=0.0).to(tl.float32)
         u = capped(x, cap, cap_in, HAS_SOFTCAP)
         d = tl.fma(u, inner, -shift)
-        e = tl.exp2(d) * scale
+        grad = tl.exp2(d) * flat
         if ENTROPY:
-            grad = e * (flat + tilt * tl.maximum(d, LOWEST))
-        else:
-            grad = e * flat
-        if (target >= start) & (target < start + BLOCK):
+            grad = tl.exp2(d) * (flat + tilt * tl.maximum(d, LOWEST))
+        if (target >= start) & (target < start + UNROLL * LANES * K):
             grad = tl.where(cols == target, at_target, grad)
         if HAS_SOFTCAP:
             t = u / cap
@@ -155,9 +182,11 @@ def row_gradient(
 
 
 @triton.jit
-def row_zero(out, out_stride, V, BLOCK: tl.constexpr):
+def row_zero(row, stride, V, LANES: tl.constexpr, UNROLL: tl.constexpr):
     """Write zeros."""
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        zeros = tl.zeros([BLOCK], out.dtype.element_ty)
-        tl.store(out + cols.to(tl.int64) * out_stride, zeros, mask=cols < V)
+    K: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+    first = tile_columns(LANES, UNROLL, K)
+    for start in range(0, V, UNROLL * LANES * K):
+        cols = start + first
+        zeros = tl.zeros([UNROLL, LANES, K], row.dtype.element_ty)
+        tl.store(row + cols.to(tl.int64) * stride, zeros, mask=cols < V)

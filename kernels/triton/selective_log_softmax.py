@@ -10,10 +10,9 @@ import triton.language as tl
 
 from grpo_fast.kernels._rows import row_gradient, row_statistics, row_zero
 
-# The piece of a row that a program holds at a time, and its warps: the fastest of ten shapes on an H200. The
-# forward's sums live in registers, so one warp with 32 values a lane runs best; the backward hardly cares.
-FWD_SHAPE = {"BLOCK": 1024, "num_warps": 1}
-BWD_SHAPE = {"BLOCK": 8192, "num_warps": 8}
+# Threads of a program, and the 16-byte loads that each makes at a time.
+FWD_SHAPE = {"LANES": 256, "UNROLL": 2, "num_warps": 8}
+BWD_SHAPE = {"LANES": 256, "UNROLL": 4, "num_warps": 8}
 
 
 def logits_arguments(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, float]:
@@ -29,7 +28,7 @@ def _selective_log_softmax_fwd_kernel(
     # inputs
     logits,  # (B, T, V), any strides
     index,  # (B T,)
-    mask,  # (B T,) bool
+    mask,  # (B T,), or None
     # outputs, all (B T,) float32
     logps,
     entropies,
@@ -45,13 +44,15 @@ def _selective_log_softmax_fwd_kernel(
     slope,
     cap,
     cap_in,
-    HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    kept = tl.load(mask + n) if HAS_MASK else True
+    kept = n >= 0
+    if mask is not None:
+        kept = tl.load(mask + n) != 0
     if kept:
         row = logits + (n // T) * stride_b + (n % T) * stride_t
         target = tl.load(index + n)
@@ -60,13 +61,14 @@ def _selective_log_softmax_fwd_kernel(
             row,
             stride_v,
             V,
-            tl.where(inside, target, 0),
+            tl.where(inside, target, 0).to(tl.int32),
             slope,
             cap,
             cap_in,
             HAS_SOFTCAP,
             ENTROPY,
-            BLOCK,
+            LANES,
+            UNROLL,
         )
         tl.store(logps + n, tl.where(inside, logp, float("nan")))
         tl.store(shifts + n, shift)
@@ -84,7 +86,7 @@ def _selective_log_softmax_bwd_kernel(
     # inputs
     logits,  # (B, T, V), any strides
     index,  # (B T,)
-    mask,  # (B T,) bool
+    mask,  # (B T,), or None
     logps,  # and the other results of the forward
     entropies,
     shifts,
@@ -106,10 +108,10 @@ def _selective_log_softmax_bwd_kernel(
     slope,
     cap,
     cap_in,
-    HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
     row = logits + (n // T) * stride_b + (n % T) * stride_t
@@ -118,7 +120,9 @@ def _selective_log_softmax_bwd_kernel(
     inside = (target >= 0) & (target < V)
     d_logp = tl.where(inside, tl.load(d_logps + n), 0.0)
     d_entropy = tl.load(d_entropies + n) if ENTROPY else 0.0
-    kept = tl.load(mask + n) if HAS_MASK else True
+    kept = n >= 0
+    if mask is not None:
+        kept = tl.load(mask + n) != 0
     if kept & ((d_logp != 0.0) | (d_entropy != 0.0)):
         entropy = tl.load(entropies + n) if ENTROPY else 0.0
         row_gradient(
@@ -127,7 +131,7 @@ def _selective_log_softmax_bwd_kernel(
             out_row,
             out_stride_v,
             V,
-            tl.where(inside, target, -1),
+            tl.where(inside, target, -1).to(tl.int32),
             tl.load(logps + n),
             entropy,
             tl.load(shifts + n),
@@ -139,10 +143,11 @@ def _selective_log_softmax_bwd_kernel(
             cap_in,
             HAS_SOFTCAP,
             ENTROPY,
-            BLOCK,
+            LANES,
+            UNROLL,
         )
     else:
-        row_zero(out_row, out_stride_v, V, BLOCK)
+        row_zero(out_row, out_stride_v, V, LANES, UNROLL)
 
 
 def selective_log_softmax_fwd(
@@ -174,7 +179,6 @@ def selective_log_softmax_fwd(
             V,
             *logits.stride(),
             **logits_arguments(temperature, logit_scale, softcap),
-            HAS_MASK=mask is not None,
             HAS_SOFTCAP=softcap is not None,
             ENTROPY=return_entropy,
             **FWD_SHAPE,
@@ -216,7 +220,6 @@ def selective_log_softmax_bwd(
             *logits.stride(),
             *out.stride(),
             **logits_arguments(temperature, logit_scale, softcap),
-            HAS_MASK=mask is not None,
             HAS_SOFTCAP=softcap is not None,
             ENTROPY=d_entropies is not None,
             **BWD_SHAPE,

@@ -1,0 +1,39 @@
+"""A loss whose gradient was computed along with it: the backward hands it out, scaled only where it must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class KnownGradientFunction(torch.autograd.Function):
+    """``apply(x, gradient, loss)`` is ``loss``, with ``gradient`` as its gradient by ``x``, for one backward.
+
+    The backward scales ``gradient`` in place, so a second one is refused by autograd's own check.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        _scale_gradient(gradient, upstream)
+        return gradient, None, None
+
+
+@torch.library.custom_op("grpo_fast::scale_gradient", mutates_args=("gradient",))
+def _scale_gradient(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply ``gradient`` (..., V) by the scalar ``factor``, unread on the host; by 1 costs no more than a launch."""
+    from grpo_fast.kernels.scale_gradient import scale_gradient
+
+    scale_gradient(gradient, factor)
+
+
+@_scale_gradient.register_fake
+def _(gradient: Tensor, factor: Tensor) -> None:
+    return None

@@ -1,0 +1,475 @@
+"""The token-level GRPO loss over logits: one launch for loss terms and gradient, a small one for the sums.
+
+Data flow, a row at a time: logits -> row_statistics -> logp, entropy -> token_loss (with the advantage of the row's
+group) -> d loss / d logp -> row_gradient -> gradient of the logits. What a row adds to the loss and the metrics is
+stored by row; the second kernel adds it up in a fixed order.
+
+One program runs on each SM and takes every so-many-th row. It reads a row twice, the second time backwards: what it
+read last is still in the SM's own cache, and of the rest much in the L2 cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_fast.kernels import _loss as loss_math
+from grpo_fast.kernels._loss import count_tokens, find_sequence, reward_statistics, token_loss
+from grpo_fast.kernels._rows import row_gradient, row_statistics, row_zero
+from grpo_fast.kernels.selective_log_softmax import logits_arguments
+
+# Threads of a program, the 16-byte loads that each makes at a time, and programs on an SM.
+SHAPE = {"LANES": 1024, "UNROLL": 2, "num_warps": 32}
+PROGRAMS_PER_SM = 1
+
+TERMS = {"clipped": loss_math.CLIPPED, "cispo": loss_math.CISPO, "sapo": loss_math.SAPO}
+RESULTS = 13
+REDUCTIONS = {"tokens": loss_math.BY_TOKENS, "sequence_tokens": loss_math.BY_SEQUENCE}
+
+# T and the numbers of rows and sequences change with every batch: compiled for none of their values.
+@triton.jit(do_not_specialize=["B", "T", "N", "group_size"])
+def _grpo_loss_kernel(
+    # inputs; a tensor that is None is left out when the kernel is compiled
+    logits,  # (B, T, V), any strides; (1, N, V) if packed
+    completion_ids,  # per token: (N,), N = B T
+    mask,  # per token
+    ends,  # (B,) where each packed sequence ends; None if padded
+    advantages,  # per token or (B,)
+    rewards,  # (B,), in place of advantages; NaN is unscorable
+    old_logps,  # per token, these three
+    ref_logps,
+    entropy_mask,
+    sampler_ratio,  # per token or (B,)
+    entropy_threshold,  # scalar
+    num_items,  # scalar
+    # outputs
+    out,  # like logits, and may be the logits; None for no gradient
+    logps,  # (N,) float32, the rest
+    entropies,
+    losses,
+    kls,
+    ratios,
+    clips,
+    zero_std,  # (B,) float32
+    # sizes and strides
+    B,
+    T,  # rows that lie stride_t apart
+    N,
+    V,
+    group_size,
+    stride_b,
+    stride_t,
+    stride_v,
+    out_stride_b,
+    out_stride_t,
+    out_stride_v,
+    # options
+    slope,
+    cap,
+    cap_in,
+    divisor,
+    low,
+    high,
+    delta,
+    dual_clip,
+    beta,
+    tau_pos,
+    tau_neg,
+    entropy_coef,
+    HAS_SOFTCAP: tl.constexpr,
+    TERM: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    SCALE_REWARDS: tl.constexpr,
+    PER_TOKEN_ADVANTAGES: tl.constexpr,
+    PER_TOKEN_SAMPLER_RATIO: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    BIAS_CORRECTION: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+
+    # What concerns the whole batch.
+    weight = 1.0 / divisor
+    if num_items is not None:
+        weight = 1.0 / tl.maximum(tl.load(num_items).to(tl.float32), 1.0)
+    if REDUCTION == loss_math.BY_TOKENS:
+        last = N
+        if ends is not None:
+            last = tl.load(ends + B - 1).to(tl.int32)
+        weight = 1.0 / tl.maximum(count_tokens(mask, None, 0, last), 1.0)
+    d_entropy = 0.0
+    if ENTROPY_BONUS:
+        last = N
+        if ends is not None:
+            last = tl.load(ends + B - 1).to(tl.int32)
+        d_entropy = -entropy_coef / tl.maximum(count_tokens(mask, entropy_mask, 0, last), 1.0)
+    spread = 1.0
+    if rewards is not None:
+        if SCALE_REWARDS == "batch":
+            _, _, std = reward_statistics(rewards, 0, B)
+            spread = std + 1e-4
+        for b in range(program, B, programs):
+            group = b // group_size * group_size
+            _, _, std = reward_statistics(rewards, group, group + group_size)
+            tl.store(zero_std + b, (std <= 1e-8).to(tl.float32))
+
+    sequence = -1
+    advantage = 0.0
+    sequence_weight = weight
+    for n in range(program, N, programs):
+        kept = n >= 0
+        b = n // T
+        start = b * T
+        end = start + T
+        if ends is not None:
+            b = find_sequence(ends, B, n)
+            kept = b < B
+            b = tl.minimum(b, B - 1)
+            end = tl.load(ends + b).to(tl.int32)
+            start = tl.load(ends + b - 1, mask=b > 0, other=0).to(tl.int32)
+        if mask is not None:
+            kept &= tl.load(mask + n) != 0
+        position = tl.cast(n, tl.int64)
+        row = logits + (position // T) * stride_b + (position % T) * stride_t
+        if kept:
+            # What concerns the sequence, unless the row before was of the same one.
+            if b != sequence:
+                sequence = b
+                if REDUCTION == loss_math.BY_SEQUENCE:
+                    sequence_weight = weight / tl.maximum(count_tokens(mask, None, start, end), 1.0)
+                if rewards is not None:
+                    group = b // group_size * group_size
+                    best, mean, std = reward_statistics(rewards, group, group + group_size)
+                    if SCALE_REWARDS == "group":
+                        spread = std + 1e-4
+                    reward = tl.load(rewards + b).to(tl.float32)
+                    advantage = tl.where(reward == reward, (reward - best - mean) / spread, 0.0)
+            if rewards is None:
+                advantage = tl.load(advantages + (n if PER_TOKEN_ADVANTAGES else b)).to(tl.float32)
+
+            target = tl.load(completion_ids + n)
+            inside = (target >= 0) & (target < V)
+            logp, entropy, shift, total = row_statistics(
+                row,
+                stride_v,
+                V,
+                tl.where(inside, target, 0).to(tl.int32),
+                slope,
+                cap,
+                cap_in,
+                HAS_SOFTCAP,
+                True,
+                LANES,
+                UNROLL,
+            )
+            logp = tl.where(inside, logp, float("nan"))
+
+            old_logp = logp
+            if old_logps is not None:
+                old_logp = tl.load(old_logps + n).to(tl.float32)
+            ref_logp = 0.0
+            if HAS_KL:
+                ref_logp = tl.load(ref_logps + n).to(tl.float32)
+            correction = 1.0
+            if sampler_ratio is not None:
+                correction = tl.load(sampler_ratio + (n if PER_TOKEN_SAMPLER_RATIO else b)).to(tl.float32)
+            chosen = n >= 0
+            if entropy_mask is not None:
+                chosen = tl.load(entropy_mask + n) != 0
+            if entropy_threshold is not None:
+                chosen = entropy >= tl.load(entropy_threshold).to(tl.float32)
+            loss, d_logp, kl, ratio, clip = token_loss(
+                logp,
+                old_logp,
+                ref_logp,
+                advantage,
+                correction,
+                chosen,
+                low,
+                high,
+                delta,
+                dual_clip,
+                beta,
+                tau_pos,
+                tau_neg,
+                TERM,
+                HAS_DUAL_CLIP,
+                HAS_KL,
+                KL_ESTIMATOR,
+                BIAS_CORRECTION,
+            )
+            tl.store(logps + n, logp)
+            tl.store(entropies + n, entropy)
+            tl.store(losses + n, loss * sequence_weight)
+            tl.store(ratios + n, ratio)
+            tl.store(clips + n, clip)
+            if HAS_KL:
+                tl.store(kls + n, kl)
+            d_logp = tl.where(inside, d_logp * sequence_weight, 0.0)
+            d_row = tl.where(chosen, d_entropy, 0.0)
+            if out is not None:
+                out_row = out + (position // T) * out_stride_b + (position % T) * out_stride_t
+                if (d_logp != 0.0) | (d_row != 0.0):
+                    row_gradient(
+                        row,
+                        stride_v,
+                        out_row,
+                        out_stride_v,
+                        V,
+                        tl.where(inside, target, -1).to(tl.int32),
+                        logp,
+                        entropy,
+                        shift,
+                        total,
+                        d_logp,
+                        d_row,
+                        slope,
+                        cap,
+                        cap_in,
+                        HAS_SOFTCAP,
+                        ENTROPY_BONUS,
+                        LANES,
+                        UNROLL,
+                    )
+                else:
+                    row_zero(out_row, out_stride_v, V, LANES, UNROLL)
+        else:
+            tl.store(logps + n, 0.0)
+            tl.store(entropies + n, 0.0)
+            if out is not None:
+                out_row = out + (position // T) * out_stride_b + (position % T) * out_stride_t
+                row_zero(out_row, out_stride_v, V, LANES, UNROLL)
+
+
+@triton.jit(do_not_specialize=["B", "T"])
+def _grpo_results_kernel(
+    mask,  # as above
+    ends,
+    entropy_mask,
+    entropies,
+    losses,
+    kls,
+    ratios,
+    clips,
+    zero_std,
+    results,  # (RESULTS,) float32: the loss, then the metrics
+    B,
+    T,
+    entropy_coef,
+    HAS_KL: tl.constexpr,
+    HAS_REWARDS: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+    SEQUENCES: tl.constexpr,  # that are taken side by side
+    TOKENS: tl.constexpr,
+):
+    """One program adds the rows up, SEQUENCES of them at a time in pieces of TOKENS."""
+    loss = tl.zeros([SEQUENCES], tl.float32)
+    tokens = tl.zeros([SEQUENCES], tl.float32)
+    entropy = tl.zeros([SEQUENCES], tl.float32)
+    kl = tl.zeros([SEQUENCES], tl.float32)
+    ratio = tl.zeros([SEQUENCES], tl.float32)
+    largest = tl.full([SEQUENCES], -float("inf"), tl.float32)
+    low = tl.zeros([SEQUENCES], tl.float32)
+    high = tl.zeros([SEQUENCES], tl.float32)
+    low_min = tl.full([SEQUENCES], float("inf"), tl.float32)
+    high_max = tl.full([SEQUENCES], -float("inf"), tl.float32)
+    bonus = tl.zeros([SEQUENCES], tl.float32)
+    bonus_tokens = tl.zeros([SEQUENCES], tl.float32)
+    equal = tl.zeros([SEQUENCES], tl.float32)
+    for first in range(0, B, SEQUENCES):
+        b = first + tl.arange(0, SEQUENCES)
+        start = b * T
+        end = tl.where(b < B, start + T, 0)
+        if ends is not None:
+            start = tl.load(ends + b - 1, mask=(b > 0) & (b < B), other=0).to(tl.int32)
+            end = tl.load(ends + b, mask=b < B, other=0).to(tl.int32)
+        if HAS_REWARDS:
+            equal += tl.load(zero_std + b, mask=b < B, other=0.0)
+        length = tl.zeros([SEQUENCES], tl.float32)
+        length_low = tl.zeros([SEQUENCES], tl.float32)
+        length_high = tl.zeros([SEQUENCES], tl.float32)
+        for t in range(0, tl.max(tl.where(b < B, end - start, 0), 0), TOKENS):
+            n = start[:, None] + t + tl.arange(0, TOKENS)[None, :]
+            kept = n < end[:, None]
+            if mask is not None:
+                kept &= tl.load(mask + n, mask=kept, other=0) != 0
+            length += tl.sum(kept.to(tl.float32), 1)
+            h = tl.load(entropies + n, mask=kept, other=0.0)
+            entropy += tl.sum(h, 1)
+            loss += tl.sum(tl.load(losses + n, mask=kept, other=0.0), 1)
+            r = tl.load(ratios + n, mask=kept, other=0.0)
+            ratio += tl.sum(r, 1)
+            largest = tl.maximum(largest, tl.max(tl.where(kept, r, -float("inf")), 1))
+            clip = tl.load(clips + n, mask=kept, other=0.0)
+            length_low += tl.sum((clip < 0).to(tl.float32), 1)
+            length_high += tl.sum((clip > 0).to(tl.float32), 1)
+            if HAS_KL:
+                kl += tl.sum(tl.load(kls + n, mask=kept, other=0.0), 1)
+            if ENTROPY_BONUS:
+                if entropy_mask is not None:
+                    kept &= tl.load(entropy_mask + n, mask=kept, other=0) != 0
+                bonus += tl.sum(tl.where(kept, h, 0.0), 1)
+                bonus_tokens += tl.sum(kept.to(tl.float32), 1)
+        tokens += length
+        low += length_low
+        high += length_high
+        low_min = tl.minimum(low_min, tl.where(length > 0, length_low / length, float("inf")))
+        high_max = tl.maximum(high_max, tl.where(length > 0, length_high / length, -float("inf")))
+
+    policy_loss = tl.sum(loss, 0)
+    total = policy_loss
+    if ENTROPY_BONUS:
+        total -= entropy_coef * tl.sum(bonus, 0) / tl.maximum(tl.sum(bonus_tokens, 0), 1.0)
+    active = tl.sum(tokens, 0)
+    count = tl.maximum(active, 1.0)
+    tl.store(results + 0, total)
+    tl.store(results + 1, policy_loss)
+    tl.store(results + 2, active)
+    tl.store(results + 3, tl.sum(entropy, 0) / count)
+    tl.store(results + 4, tl.sum(kl, 0) / count)
+    tl.store(results + 5, tl.sum(ratio, 0) / count)
+    tl.store(results + 6, tl.max(largest, 0))
+    tl.store(results + 7, tl.sum(low, 0) / count)
+    tl.store(results + 8, tl.where(active > 0, tl.min(low_min, 0), float("nan")))
+    tl.store(results + 9, tl.sum(high, 0) / count)
+    tl.store(results + 10, tl.where(active > 0, tl.max(high_max, 0), float("nan")))
+    tl.store(results + 11, (tl.sum(low, 0) + tl.sum(high, 0)) / count)
+    tl.store(results + 12, tl.sum(equal, 0) / tl.maximum(B * 1.0, 1.0))
+
+
+def programs_on(device: torch.device) -> int:
+    """How many programs run at a time; a few in the interpreter."""
+    if device.type != "cuda":
+        return 3
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def grpo_loss_fwd(
+    out: torch.Tensor | None,
+    logits: torch.Tensor,
+    completion_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    advantages: torch.Tensor | None,
+    rewards: torch.Tensor | None,
+    old_logps: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    entropy_mask: torch.Tensor | None,
+    sampler_ratio: torch.Tensor | None,
+    entropy_threshold: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    *,
+    group_size: int,
+    divisor: float,
+    term: str,
+    reduction: str,
+    low: float,
+    high: float,
+    delta: float | None,
+    dual_clip: float | None,
+    beta: float,
+    kl_estimator: str,
+    bias_correction: bool,
+    tau_pos: float,
+    tau_neg: float,
+    entropy_coef: float,
+    scale_rewards: str,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(results (RESULTS,), logps, entropy), and the gradient of the logits in ``out`` unless that is None.
+
+    ``logits`` and ``out``, which may be the same, are (B, T, V) or, packed, (1, N, V), with any strides; the other
+    tensors are contiguous. ``term`` is "clipped", "cispo" or "sapo". The sum over tokens is divided by ``divisor``,
+    by ``num_items``, or as ``reduction`` says: "tokens" of the batch, "sequences" (times ``divisor``), "positions"
+    (B T), or "sequence_tokens", each sequence's own times B.
+    """
+    T, V = logits.shape[-2:]
+    N = completion_ids.numel()
+    B = logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
+    divisor *= max({"sequences": B, "sequence_tokens": B, "positions": B * T}.get(reduction, 1), 1)
+    ends = None if cu_seqlens is None else cu_seqlens[1:]
+    logps, entropies = (logits.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
+    losses, kls, ratios, clips = logits.new_empty(4, N, dtype=torch.float32)
+    zero_std = logits.new_empty(B if rewards is not None else 0, dtype=torch.float32)
+    results = logits.new_empty(RESULTS, dtype=torch.float32)
+    has_kl, bonus = beta != 0.0, entropy_coef != 0.0
+    if N > 0:
+        _grpo_loss_kernel[(min(N, programs_on(logits.device)),)](
+            logits,
+            completion_ids,
+            mask,
+            ends,
+            advantages,
+            rewards,
+            old_logps,
+            ref_logps,
+            entropy_mask,
+            sampler_ratio,
+            entropy_threshold,
+            num_items,
+            out,
+            logps,
+            entropies,
+            losses,
+            kls,
+            ratios,
+            clips,
+            zero_std,
+            B,
+            T,
+            N,
+            V,
+            group_size,
+            *logits.stride(),
+            *(logits if out is None else out).stride(),
+            **logits_arguments(temperature, logit_scale, softcap),
+            divisor=divisor,
+            low=low,
+            high=high,
+            delta=float("inf") if delta is None else delta,
+            dual_clip=1.0 if dual_clip is None else dual_clip,
+            beta=beta,
+            tau_pos=tau_pos,
+            tau_neg=tau_neg,
+            entropy_coef=entropy_coef,
+            HAS_SOFTCAP=softcap is not None,
+            TERM=TERMS[term],
+            REDUCTION=REDUCTIONS.get(reduction, loss_math.BY_CONSTANT),
+            SCALE_REWARDS=scale_rewards,
+            PER_TOKEN_ADVANTAGES=advantages is not None and advantages.shape == completion_ids.shape,
+            PER_TOKEN_SAMPLER_RATIO=sampler_ratio is not None and sampler_ratio.shape == completion_ids.shape,
+            HAS_DUAL_CLIP=dual_clip is not None,
+            HAS_KL=has_kl,
+            KL_ESTIMATOR=kl_estimator,
+            BIAS_CORRECTION=bias_correction,
+            ENTROPY_BONUS=bonus,
+            **SHAPE,
+        )
+    _grpo_results_kernel[(1,)](
+        mask,
+        ends,
+        entropy_mask,
+        entropies,
+        losses,
+        kls,
+        ratios,
+        clips,
+        zero_std,
+        results,
+        B,
+        T,
+        entropy_coef,
+        HAS_KL=has_kl,
+        HAS_REWARDS=rewards is not None,
+        ENTROPY_BONUS=bonus,
+        SEQUENCES=16,
+        TOKENS=256,
+        num_warps=8,
+    )
+    return results, logps, entropies
