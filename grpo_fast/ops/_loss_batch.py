@@ -162,5 +162,5 @@ class LossBatch:
             config=self.config,
         )
         if zero_std is not None:
-            metrics["frac_reward_zero_std"] = zero_std
+            metrics["frac_reward_zero_std"] = zero_std.to(loss.dtype)
         return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
