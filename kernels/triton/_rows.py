@@ -1,15 +1,15 @@
 """One row of logits: its statistics in one sweep, its gradient in another. The kernels over logits are made of these.
 
 Logits x become capped logits u (u = x without a softcap) and z = u * slope, the exponents of the softmax. A row
-is summed relative to its largest u: d_j = u_j * inner - shift with inner = slope * log2(e), by one fused
+is summed relative to one of its u: d_j = u_j * inner - shift with inner = slope * log2(e), by one fused
 multiply-add, so that d_j is rounded once and whatever rounding ``shift`` carries is the same in every term.
 
 The sampled token is left out of the sum and added at the end. A row that is nearly sure of it then keeps 1 - p to
 full precision, and with it the log-prob and the gradient, where 1 - exp(logp) would be 0.
 
 A program takes a row in tiles of (UNROLL, LANES, K) logits: K lie side by side in one 16-byte load, LANES is the
-number of threads, and each thread makes UNROLL loads before it needs the first. Every thread keeps its own maximum
-and sums, so the threads meet once a row and not once a tile.
+number of threads, and each thread makes UNROLL loads before it needs the first. Every thread keeps its own sums, so
+the threads meet once a row and not once a tile.
 """
 
 import triton
@@ -19,6 +19,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # exp2 of anything below is 0 in float32, even as a subnormal; stands in for -inf where 0 * -inf must be 0.
 LOWEST = tl.constexpr(-150.0)
+# A sum above this has exponents so large, 10 nats and more, that their rounding would show.
+FAR = tl.constexpr(2.0**32)
 
 
 @triton.jit
@@ -66,6 +68,58 @@ def lane_sum(x):
 
 
 @triton.jit
+def row_sums(
+    row,
+    stride,
+    V,
+    target,
+    shift,
+    slope,
+    cap,
+    cap_in,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Sums of exp2(d) and of d * exp2(d) over all but the target."""
+    K: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+    inner = slope * LOG2E
+    others = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
+    first = tile_columns(LANES, UNROLL, K)
+    for start in range(0, V, UNROLL * LANES * K):
+        cols = start + first
+        x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=-float("inf")).to(tl.float32)
+        u = capped(x, cap, cap_in, HAS_SOFTCAP)
+        if HAS_SOFTCAP:  # it has made the padding finite
+            u = tl.where(cols < V, u, -float("inf"))
+        if (target >= start) & (target < start + UNROLL * LANES * K):
+            u = tl.where(cols == target, -float("inf"), u)
+        d = tl.fma(u, inner, -shift)
+        e = tl.exp2(d)
+        others += lane_sum(e)
+        if ENTROPY:
+            weighted += lane_sum(e * tl.maximum(d, LOWEST))
+    return tl.sum(others, 0), tl.sum(weighted, 0)
+
+
+@triton.jit
+def row_max(
+    row, stride, V, cap, cap_in, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr
+):
+    """The largest u of a row."""
+    K: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+    largest = tl.full([LANES], -float("inf"), tl.float32)
+    first = tile_columns(LANES, UNROLL, K)
+    for start in range(0, V, UNROLL * LANES * K):
+        cols = start + first
+        x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=-float("inf")).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.max(x, 2), 0))
+    return capped(tl.max(largest, 0), cap, cap_in, HAS_SOFTCAP)
+
+
+@triton.jit
 def row_statistics(
     row,  # pointer to the row's first logit
     stride,
@@ -80,46 +134,30 @@ def row_statistics(
     UNROLL: tl.constexpr,
 ):
     """(logp of the target, entropy in nats, shift, total) of a row: p_j = exp2(u_j * inner - shift) / total."""
-    K: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
     inner = slope * LOG2E
     u_t = capped(tl.load(row + target.to(tl.int64) * stride).to(tl.float32), cap, cap_in, HAS_SOFTCAP)
-    # Finite, so that a banned token makes exp2(-inf) = 0 and not NaN.
-    lane_max = tl.zeros([LANES], tl.float32) + tl.maximum(u_t, -1e30)
-    lane_shift = lane_max * inner
-    others = tl.zeros([LANES], tl.float32)  # sum of exp2(d) over all but the target
-    weighted = tl.zeros([LANES], tl.float32)  # the same of d * exp2(d)
-    first = tile_columns(LANES, UNROLL, K)
-    for start in range(0, V, UNROLL * LANES * K):
-        cols = start + first
-        x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=-float("inf")).to(tl.float32)
-        u = capped(x, cap, cap_in, HAS_SOFTCAP)
-        if HAS_SOFTCAP:  # it has made the padding finite
-            u = tl.where(cols < V, u, -float("inf"))
-        if (target >= start) & (target < start + UNROLL * LANES * K):
-            u = tl.where(cols == target, -float("inf"), u)
-        lane_max = tl.maximum(lane_max, tl.max(tl.max(u, 2), 0))
-        move = lane_shift - lane_max * inner
-        lane_shift = lane_max * inner
-        d = tl.fma(u, inner, -lane_shift[None, :, None])
-        e = tl.exp2(d)
-        if ENTROPY:
-            weighted = (weighted + move * others) * tl.exp2(move) + lane_sum(e * tl.maximum(d, LOWEST))
-        others = others * tl.exp2(move) + lane_sum(e)
-
-    largest = tl.max(lane_max, 0)
-    shift = largest * inner
-    move = lane_shift - shift
-    rest = tl.sum(others * tl.exp2(move), 0)
+    # The exponents need something near the largest u to be relative to: that of the row's first tile will do.
+    tile = UNROLL * LANES * (128 // row.dtype.element_ty.primitive_bitwidth)
+    first_max = row_max(row, stride, tl.minimum(V, tile), cap, cap_in, HAS_SOFTCAP, LANES, UNROLL)
+    base = tl.maximum(tl.maximum(u_t, first_max), -1e30)  # finite: a banned token gives exp2(-inf) = 0 and not NaN
+    shift = base * inner
+    rest, weighted = row_sums(row, stride, V, target, shift, slope, cap, cap_in, HAS_SOFTCAP, ENTROPY, LANES, UNROLL)
+    if not (rest < FAR):  # unless the largest is far above those
+        base = tl.maximum(row_max(row, stride, V, cap, cap_in, HAS_SOFTCAP, LANES, UNROLL), base)
+        shift = base * inner
+        rest, weighted = row_sums(
+            row, stride, V, target, shift, slope, cap, cap_in, HAS_SOFTCAP, ENTROPY, LANES, UNROLL
+        )
     d_t = tl.fma(u_t, inner, -shift)
     e_t = tl.exp2(d_t)
     total = rest + e_t
-    # shift is a rounded largest * inner; what it is off by is taken back here, where it does not cancel.
-    log_total = tl.log(total) - LN2 * tl.fma(largest, inner, -shift)
-    logp = tl.where(u_t >= largest, -log1p(rest / e_t), (u_t - largest) * slope - log_total)
+    # shift is a rounded base * inner; what it is off by is taken back here, where it does not cancel.
+    log_total = tl.log(total) - LN2 * tl.fma(base, inner, -shift)
+    logp = tl.where(u_t >= base, -log1p(rest / e_t), (u_t - base) * slope - log_total)
     entropy = 0.0
     if ENTROPY:
-        mean_d = tl.sum((weighted + move * others) * tl.exp2(move), 0) + e_t * tl.maximum(d_t, LOWEST)
-        entropy = LN2 * (tl.log2(total) - mean_d / total)
+        mean_d = (weighted + e_t * tl.maximum(d_t, LOWEST)) / total
+        entropy = LN2 * (tl.log2(total) - mean_d)
     return logp, entropy, shift, total
 
 
