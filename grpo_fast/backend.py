@@ -25,6 +25,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear_distillation_loss": ("torch",),
 }
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot look it up
+
 
 def choose(op: str, impl: str | None, x: Tensor) -> str:
     """The implementation of ``op`` to run on ``x``, the input that fixes device and precision.
@@ -61,7 +63,7 @@ def _obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None
     """Why ``impl`` cannot run on such input, or None if it can."""
     if impl == "torch":
         return None
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "the package triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs tensors on an NVIDIA GPU, got {device}"
