@@ -19,7 +19,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # exp2 of anything below is 0 in float32, even as a subnormal; stands in for -inf where 0 * -inf must be 0.
 LOWEST = tl.constexpr(-150.0)
-# A sum above this has exponents so large, 10 nats and more, that their rounding would show.
+# Above this sum, exponents may be 22 nats and more, and their rounding would show.
 FAR = tl.constexpr(2.0**32)
 
 
@@ -82,7 +82,7 @@ def row_sums(
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sums of exp2(d) and of d * exp2(d) over all but the target."""
+    """Sums of exp2(d) and of d * exp2(d) over all but the target. The row stays in the caches as long as it can."""
     K: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
     inner = slope * LOG2E
     others = tl.zeros([LANES], tl.float32)
@@ -90,8 +90,10 @@ def row_sums(
     first = tile_columns(LANES, UNROLL, K)
     for start in range(0, V, UNROLL * LANES * K):
         cols = start + first
-        x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=-float("inf")).to(tl.float32)
-        u = capped(x, cap, cap_in, HAS_SOFTCAP)
+        x = tl.load(
+            row + cols.to(tl.int64) * stride, mask=cols < V, other=-float("inf"), eviction_policy="evict_last"
+        )
+        u = capped(x.to(tl.float32), cap, cap_in, HAS_SOFTCAP)
         if HAS_SOFTCAP:  # it has made the padding finite
             u = tl.where(cols < V, u, -float("inf"))
         if (target >= start) & (target < start + UNROLL * LANES * K):
@@ -105,9 +107,7 @@ def row_sums(
 
 
 @triton.jit
-def row_max(
-    row, stride, V, cap, cap_in, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr
-):
+def row_max(row, stride, V, cap, cap_in, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr):
     """The largest u of a row."""
     K: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
     largest = tl.full([LANES], -float("inf"), tl.float32)
@@ -185,7 +185,8 @@ def row_gradient(
 ):
     """Write d_logp * (onehot - p) - d_entropy * p * (log p + entropy), taken back to the logits.
 
-    From the row's end to its beginning: after ``row_statistics`` the end is what the caches still hold.
+    From the row's end to its beginning, because after ``row_statistics`` the end is what the caches still hold; the
+    hints on loads and stores are for the same: the rows being worked on stay, what is done with goes.
     """
     K: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
     inner = slope * LOG2E
@@ -205,8 +206,8 @@ def row_gradient(
     for tile in range(0, tiles):
         start = (tiles - 1 - tile) * (UNROLL * LANES * K)
         cols = start + first
-        x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=0.0).to(tl.float32)
-        u = capped(x, cap, cap_in, HAS_SOFTCAP)
+        x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=0.0, eviction_policy="evict_first")
+        u = capped(x.to(tl.float32), cap, cap_in, HAS_SOFTCAP)
         d = tl.fma(u, inner, -shift)
         grad = tl.exp2(d) * flat
         if ENTROPY:
@@ -216,7 +217,8 @@ def row_gradient(
         if HAS_SOFTCAP:
             t = u / cap
             grad *= cap * cap_in * (1.0 - t * t)
-        tl.store(out + cols.to(tl.int64) * out_stride, grad.to(out.dtype.element_ty), mask=cols < V)
+        grad = grad.to(out.dtype.element_ty)
+        tl.store(out + cols.to(tl.int64) * out_stride, grad, mask=cols < V, cache_modifier=".cs")
 
 
 @triton.jit

@@ -4,8 +4,8 @@ Data flow, a row at a time: logits -> row_statistics -> logp, entropy -> token_l
 group) -> d loss / d logp -> row_gradient -> gradient of the logits. What a row adds to the loss and the metrics is
 stored by row; the second kernel adds it up in a fixed order.
 
-One program runs on each SM and takes every so-many-th row. It reads a row twice, the second time backwards: what it
-read last is still in the SM's own cache, and of the rest much in the L2 cache.
+Two programs run on each SM and take every so-many-th row. They read a row twice, the second time backwards, when what
+was read last is still in the caches.
 """
 
 import torch
@@ -17,13 +17,15 @@ from grpo_fast.kernels._loss import count_tokens, find_sequence, reward_statisti
 from grpo_fast.kernels._rows import row_gradient, row_statistics, row_zero
 from grpo_fast.kernels.selective_log_softmax import logits_arguments
 
-# Threads of a program, the 16-byte loads that each makes at a time, and programs on an SM.
-SHAPE = {"LANES": 1024, "UNROLL": 2, "num_warps": 32}
-PROGRAMS_PER_SM = 1
+# Threads of a program, the 16-byte loads that each makes at a time, and programs on an SM: every thread that fits,
+# which is what the limit on registers is for, on as few rows as that allows, so that they stay in the caches.
+SHAPE = {"LANES": 1024, "UNROLL": 2, "num_warps": 32, "maxnreg": 32}
+PROGRAMS_PER_SM = 2
 
 TERMS = {"clipped": loss_math.CLIPPED, "cispo": loss_math.CISPO, "sapo": loss_math.SAPO}
 RESULTS = 13
 REDUCTIONS = {"tokens": loss_math.BY_TOKENS, "sequence_tokens": loss_math.BY_SEQUENCE}
+
 
 # T and the numbers of rows and sequences change with every batch: compiled for none of their values.
 @triton.jit(do_not_specialize=["B", "T", "N", "group_size"])
@@ -266,73 +268,78 @@ def _grpo_results_kernel(
     SEQUENCES: tl.constexpr,  # that are taken side by side
     TOKENS: tl.constexpr,
 ):
-    """One program adds the rows up, SEQUENCES of them at a time in pieces of TOKENS."""
-    loss = tl.zeros([SEQUENCES], tl.float32)
-    tokens = tl.zeros([SEQUENCES], tl.float32)
-    entropy = tl.zeros([SEQUENCES], tl.float32)
-    kl = tl.zeros([SEQUENCES], tl.float32)
-    ratio = tl.zeros([SEQUENCES], tl.float32)
-    largest = tl.full([SEQUENCES], -float("inf"), tl.float32)
+    """One program adds the rows up, SEQUENCES of them at a time in pieces of TOKENS, and each place by itself."""
+    loss = tl.zeros([SEQUENCES, TOKENS], tl.float32)
+    tokens = tl.zeros([SEQUENCES, TOKENS], tl.float32)
+    entropy = tl.zeros([SEQUENCES, TOKENS], tl.float32)
+    kl = tl.zeros([SEQUENCES, TOKENS], tl.float32)
+    ratio = tl.zeros([SEQUENCES, TOKENS], tl.float32)
+    largest = tl.full([SEQUENCES, TOKENS], -float("inf"), tl.float32)
+    bonus = tl.zeros([SEQUENCES, TOKENS], tl.float32)
+    bonus_tokens = tl.zeros([SEQUENCES, TOKENS], tl.float32)
     low = tl.zeros([SEQUENCES], tl.float32)
     high = tl.zeros([SEQUENCES], tl.float32)
     low_min = tl.full([SEQUENCES], float("inf"), tl.float32)
     high_max = tl.full([SEQUENCES], -float("inf"), tl.float32)
-    bonus = tl.zeros([SEQUENCES], tl.float32)
-    bonus_tokens = tl.zeros([SEQUENCES], tl.float32)
     equal = tl.zeros([SEQUENCES], tl.float32)
     for first in range(0, B, SEQUENCES):
         b = first + tl.arange(0, SEQUENCES)
         start = b * T
         end = tl.where(b < B, start + T, 0)
+        longest = T
         if ends is not None:
             start = tl.load(ends + b - 1, mask=(b > 0) & (b < B), other=0).to(tl.int32)
             end = tl.load(ends + b, mask=b < B, other=0).to(tl.int32)
+            longest = tl.max(tl.where(b < B, end - start, 0), 0)
         if HAS_REWARDS:
             equal += tl.load(zero_std + b, mask=b < B, other=0.0)
-        length = tl.zeros([SEQUENCES], tl.float32)
-        length_low = tl.zeros([SEQUENCES], tl.float32)
-        length_high = tl.zeros([SEQUENCES], tl.float32)
-        for t in range(0, tl.max(tl.where(b < B, end - start, 0), 0), TOKENS):
+        length = tl.zeros([SEQUENCES, TOKENS], tl.float32)
+        clipped_low = tl.zeros([SEQUENCES, TOKENS], tl.float32)
+        clipped_high = tl.zeros([SEQUENCES, TOKENS], tl.float32)
+        for t in range(0, longest, TOKENS):
             n = start[:, None] + t + tl.arange(0, TOKENS)[None, :]
             kept = n < end[:, None]
             if mask is not None:
                 kept &= tl.load(mask + n, mask=kept, other=0) != 0
-            length += tl.sum(kept.to(tl.float32), 1)
+            length += kept.to(tl.float32)
             h = tl.load(entropies + n, mask=kept, other=0.0)
-            entropy += tl.sum(h, 1)
-            loss += tl.sum(tl.load(losses + n, mask=kept, other=0.0), 1)
+            entropy += h
+            loss += tl.load(losses + n, mask=kept, other=0.0)
             r = tl.load(ratios + n, mask=kept, other=0.0)
-            ratio += tl.sum(r, 1)
-            largest = tl.maximum(largest, tl.max(tl.where(kept, r, -float("inf")), 1))
+            ratio += r
+            largest = tl.maximum(largest, tl.where(kept, r, -float("inf")))
             clip = tl.load(clips + n, mask=kept, other=0.0)
-            length_low += tl.sum((clip < 0).to(tl.float32), 1)
-            length_high += tl.sum((clip > 0).to(tl.float32), 1)
+            clipped_low += (clip < 0).to(tl.float32)
+            clipped_high += (clip > 0).to(tl.float32)
             if HAS_KL:
-                kl += tl.sum(tl.load(kls + n, mask=kept, other=0.0), 1)
+                kl += tl.load(kls + n, mask=kept, other=0.0)
             if ENTROPY_BONUS:
                 if entropy_mask is not None:
                     kept &= tl.load(entropy_mask + n, mask=kept, other=0) != 0
-                bonus += tl.sum(tl.where(kept, h, 0.0), 1)
-                bonus_tokens += tl.sum(kept.to(tl.float32), 1)
+                bonus += tl.where(kept, h, 0.0)
+                bonus_tokens += kept.to(tl.float32)
         tokens += length
-        low += length_low
-        high += length_high
-        low_min = tl.minimum(low_min, tl.where(length > 0, length_low / length, float("inf")))
-        high_max = tl.maximum(high_max, tl.where(length > 0, length_high / length, -float("inf")))
+        count = tl.sum(length, 1)
+        count_low = tl.sum(clipped_low, 1)
+        count_high = tl.sum(clipped_high, 1)
+        low += count_low
+        high += count_high
+        low_min = tl.minimum(low_min, tl.where(count > 0, count_low / count, float("inf")))
+        high_max = tl.maximum(high_max, tl.where(count > 0, count_high / count, -float("inf")))
 
-    policy_loss = tl.sum(loss, 0)
+    policy_loss = tl.sum(loss)
     total = policy_loss
     if ENTROPY_BONUS:
-        total -= entropy_coef * tl.sum(bonus, 0) / tl.maximum(tl.sum(bonus_tokens, 0), 1.0)
-    active = tl.sum(tokens, 0)
+        total -= entropy_coef * tl.sum(bonus) / tl.maximum(tl.sum(bonus_tokens), 1.0)
+    active = tl.sum(tokens)
     count = tl.maximum(active, 1.0)
     tl.store(results + 0, total)
     tl.store(results + 1, policy_loss)
     tl.store(results + 2, active)
-    tl.store(results + 3, tl.sum(entropy, 0) / count)
-    tl.store(results + 4, tl.sum(kl, 0) / count)
-    tl.store(results + 5, tl.sum(ratio, 0) / count)
-    tl.store(results + 6, tl.max(largest, 0))
+    tl.store(results + 3, tl.sum(entropy) / count)
+    tl.store(results + 4, tl.sum(kl) / count)
+    tl.store(results + 5, tl.sum(ratio) / count)
+    tl.store(results + 6, tl.max(largest))
     tl.store(results + 7, tl.sum(low, 0) / count)
     tl.store(results + 8, tl.where(active > 0, tl.min(low_min, 0), float("nan")))
     tl.store(results + 9, tl.sum(high, 0) / count)
@@ -451,6 +458,7 @@ def grpo_loss_fwd(
             ENTROPY_BONUS=bonus,
             **SHAPE,
         )
+    sequences = min(16, triton.next_power_of_2(max(B, 1)))
     _grpo_results_kernel[(1,)](
         mask,
         ends,
@@ -468,8 +476,8 @@ def grpo_loss_fwd(
         HAS_KL=has_kl,
         HAS_REWARDS=rewards is not None,
         ENTROPY_BONUS=bonus,
-        SEQUENCES=16,
-        TOKENS=256,
+        SEQUENCES=sequences,
+        TOKENS=2048 // sequences,
         num_warps=8,
     )
     return results, logps, entropies

@@ -10,9 +10,13 @@ import triton.language as tl
 
 from grpo_fast.kernels._rows import row_gradient, row_statistics, row_zero
 
-# Threads of a program, and the 16-byte loads that each makes at a time.
-FWD_SHAPE = {"LANES": 256, "UNROLL": 2, "num_warps": 8}
-BWD_SHAPE = {"LANES": 256, "UNROLL": 4, "num_warps": 8}
+# Threads of a program, and the 16-byte loads that each makes at a time. A few rows need many threads each to keep the
+# memory busy; many rows do that by themselves, and then the sooner a program's threads are done the better.
+FEW_ROWS = 512
+FWD_SHAPE = {"LANES": 256, "UNROLL": 1, "num_warps": 8}
+FWD_SHAPE_OF_FEW = {"LANES": 1024, "UNROLL": 2, "num_warps": 32}
+BWD_SHAPE = {"LANES": 256, "UNROLL": 2, "num_warps": 8}
+BWD_SHAPE_OF_FEW = {"LANES": 1024, "UNROLL": 2, "num_warps": 32}
 
 
 def logits_arguments(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, float]:
@@ -181,7 +185,7 @@ def selective_log_softmax_fwd(
             **logits_arguments(temperature, logit_scale, softcap),
             HAS_SOFTCAP=softcap is not None,
             ENTROPY=return_entropy,
-            **FWD_SHAPE,
+            **(FWD_SHAPE_OF_FEW if B * T <= FEW_ROWS else FWD_SHAPE),
         )
     return logps, entropies, shifts, totals
 
@@ -222,5 +226,5 @@ def selective_log_softmax_bwd(
             **logits_arguments(temperature, logit_scale, softcap),
             HAS_SOFTCAP=softcap is not None,
             ENTROPY=d_entropies is not None,
-            **BWD_SHAPE,
+            **(BWD_SHAPE_OF_FEW if B * T <= FEW_ROWS else BWD_SHAPE),
         )
