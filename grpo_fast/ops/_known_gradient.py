@@ -28,7 +28,7 @@ class KnownGradientFunction(torch.autograd.Function):
 
 @torch.library.custom_op("grpo_fast::scale_gradient", mutates_args=("gradient",))
 def _scale_gradient(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply ``gradient`` (..., V) by the scalar ``factor``, unread on the host; by 1 costs no more than a launch."""
+    """Multiply ``gradient`` (..., V) by the scalar ``factor``, unread on the host; 1 costs only a launch."""
     from grpo_fast.kernels.scale_gradient import scale_gradient
 
     scale_gradient(gradient, factor)

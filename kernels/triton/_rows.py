@@ -203,7 +203,7 @@ def row_gradient(
     tilt *= slope / total
     first = tile_columns(LANES, UNROLL, K)
     tiles = tl.cdiv(V, UNROLL * LANES * K)
-    for tile in range(0, tiles):
+    for tile in range(tiles):
         start = (tiles - 1 - tile) * (UNROLL * LANES * K)
         cols = start + first
         x = tl.load(row + cols.to(tl.int64) * stride, mask=cols < V, other=0.0, eviction_policy="evict_first")
