@@ -26,7 +26,8 @@ from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
 from grpo_fast.reference import logps_and_entropy_ref
 
 CONFIG = GRPOLossConfig(beta=0.04, use_bias_correction_kl=False)  # what every peer can compute
-SIZES = "64x151936 512x151936 2048x151936 8192x151936 32768x151936 65536x151936 8192x32000 8192x128256 8192x262144".split()
+ROWS = (64, 512, 2048, 8192, 32768, 65536)
+SIZES = [f"{rows}x151936" for rows in ROWS] + ["8192x32000", "8192x128256", "8192x262144"]
 CHECKED_ROWS = 64
 # The providers that make a float32 copy of the logits, or several, are not asked at larger sizes.
 EAGER_ELEMENTS = 8192 * 151936
@@ -75,8 +76,12 @@ def logps_entropy_ours(x: Inputs) -> Any:
     return selective_log_softmax(x.tokens, x.ids, return_entropy=True)[0]
 
 
-def logps_entropy_eager(x: Inputs) -> Any:
+def logps_entropy_reference(x: Inputs) -> Any:
     return logps_and_entropy_ref(x.tokens, x.ids)[0]
+
+
+def logps_eager(x: Inputs) -> Any:
+    return torch.log_softmax(x.tokens.float(), -1).gather(-1, x.ids[..., None])[..., 0]
 
 
 def logps_liger(x: Inputs) -> Any:
@@ -124,8 +129,13 @@ def grpo_ours(x: Inputs) -> Any:
     return _with_gradient(lambda z: _grpo(x, z), x.tokens)
 
 
-def grpo_eager(x: Inputs) -> Any:
+def grpo_reference(x: Inputs) -> Any:
+    """With entropy and metrics."""
     return _with_gradient(lambda z: _grpo(x, z, impl="torch"), x.tokens)
+
+
+def grpo_eager(x: Inputs) -> Any:
+    return _with_gradient(lambda z: _plain(x, z), x.tokens)
 
 
 def grpo_liger_in_place(x: Inputs) -> Any:
@@ -193,7 +203,8 @@ TASKS = {
         Provider("Liger", logps_liger),
         Provider("TRL + entropy", logps_entropy_trl),
         Provider("quack", logps_quack),
-        Provider("torch eager + entropy", logps_entropy_eager, copies=True),
+        Provider("torch eager", logps_eager, copies=True),
+        Provider("grpo_fast's reference + entropy", logps_entropy_reference, copies=True),
     ),
     "loss + gradient": (
         Provider("grpo_fast in place", grpo_ours_in_place, overwrites=True),
@@ -202,6 +213,7 @@ TASKS = {
         Provider("TRL log-probs + torch loss", grpo_trl),
         Provider("torch.compile", grpo_compiled, copies=True),
         Provider("torch eager", grpo_eager, copies=True),
+        Provider("grpo_fast's reference", grpo_reference, copies=True),
         Provider("quack cross entropy (no GRPO)", cross_entropy_quack, comparable=False),
     ),
 }

@@ -19,8 +19,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # exp2 of anything below is 0 in float32, even as a subnormal; stands in for -inf where 0 * -inf must be 0.
 LOWEST = tl.constexpr(-150.0)
-# Above this sum, exponents may be 22 nats and more, and their rounding would show.
-FAR = tl.constexpr(2.0**32)
+# Exponents relative to something so far below the largest that their mean passes this are summed again: large
+# exponents have large roundings.
+FAR = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def row_statistics(
     base = tl.maximum(tl.maximum(u_t, first_max), -1e30)  # finite: a banned token gives exp2(-inf) = 0 and not NaN
     shift = base * inner
     rest, weighted = row_sums(row, stride, V, target, shift, slope, cap, cap_in, HAS_SOFTCAP, ENTROPY, LANES, UNROLL)
-    if not (rest < FAR):  # unless the largest is far above those
+    if not (rest < FAR * V):  # unless the largest is far above those
         base = tl.maximum(row_max(row, stride, V, cap, cap_in, HAS_SOFTCAP, LANES, UNROLL), base)
         shift = base * inner
         rest, weighted = row_sums(
