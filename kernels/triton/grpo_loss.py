@@ -4,8 +4,8 @@ Data flow, a row at a time: logits -> row_statistics -> logp, entropy -> token_l
 group) -> d loss / d logp -> row_gradient -> gradient of the logits. What a row adds to the loss and the metrics is
 stored by row; the second kernel adds it up in a fixed order.
 
-Two programs run on each SM and take every so-many-th row. They read a row twice, the second time backwards, when what
-was read last is still in the caches.
+Two or four programs run on each SM and take every so-many-th row. They read a row twice, the second time backwards,
+when what was read last is still in the caches.
 """
 
 import torch
@@ -18,9 +18,12 @@ from grpo_fast.kernels._rows import row_gradient, row_statistics, row_zero
 from grpo_fast.kernels.selective_log_softmax import logits_arguments
 
 # Threads of a program, the 16-byte loads that each makes at a time, and programs on an SM: every thread that fits,
-# which is what the limit on registers is for, on as few rows as that allows, so that they stay in the caches.
-SHAPE = {"LANES": 1024, "UNROLL": 2, "num_warps": 32, "maxnreg": 32}
-PROGRAMS_PER_SM = 2
+# which is what the limit on registers is for, on as few rows as that allows, so that they stay in the caches. Rows
+# that fill a cache less leave room for more of them, and with more of them fewer threads wait at a row's end.
+LONG_ROWS = {"LANES": 1024, "UNROLL": 2, "num_warps": 32, "maxnreg": 32}
+SHORT_ROWS = {"LANES": 512, "UNROLL": 2, "num_warps": 16, "maxnreg": 32}
+SHORT = 160 * 1024  # bytes
+THREADS_PER_SM = 2048
 
 TERMS = {"clipped": loss_math.CLIPPED, "cispo": loss_math.CISPO, "sapo": loss_math.SAPO}
 RESULTS = 13
@@ -349,11 +352,11 @@ def _grpo_results_kernel(
     tl.store(results + 12, tl.sum(equal, 0) / tl.maximum(B * 1.0, 1.0))
 
 
-def programs_on(device: torch.device) -> int:
+def programs_on(device: torch.device, lanes: int) -> int:
     """How many programs run at a time; a few in the interpreter."""
     if device.type != "cuda":
         return 3
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return THREADS_PER_SM // lanes * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def grpo_loss_fwd(
@@ -407,7 +410,9 @@ def grpo_loss_fwd(
     zero_std = logits.new_empty(B if rewards is not None else 0, dtype=torch.float32)
     results = logits.new_empty(RESULTS, dtype=torch.float32)
     has_kl, bonus = beta != 0.0, entropy_coef != 0.0
-    _grpo_loss_kernel[(max(min(N, programs_on(logits.device)), 1),)](
+    shape = SHORT_ROWS if V * logits.element_size() <= SHORT else LONG_ROWS
+    programs = programs_on(logits.device, shape["LANES"])
+    _grpo_loss_kernel[(max(min(N, programs), 1),)](
         logits,
         completion_ids,
         mask,
@@ -456,7 +461,7 @@ def grpo_loss_fwd(
         KL_ESTIMATOR=kl_estimator,
         BIAS_CORRECTION=bias_correction,
         ENTROPY_BONUS=bonus,
-        **SHAPE,
+        **shape,
     )
     sequences = min(16, triton.next_power_of_2(max(B, 1)))
     _grpo_results_kernel[(1,)](
