@@ -13,6 +13,7 @@ the same run. Peers are run when they are installed: pip install trl liger-kerne
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -344,13 +345,32 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def summary(records: list[dict[str, Any]]) -> str:
+    """Markdown: milliseconds of every provider by size, a table a task."""
+    lines: list[str] = []
+    for task in TASKS:
+        mine = [r for r in records if r["task"] == task]
+        providers = list(dict.fromkeys(r["provider"] for r in mine if "ms" in r))
+        lines += ["", f"| {task}, ms | " + " | ".join(providers) + " |", "|---|" + "--:|" * len(providers)]
+        for size in dict.fromkeys((r["rows"], r["vocabulary"]) for r in mine):
+            found = {r["provider"]: r["ms"] for r in mine if (r["rows"], r["vocabulary"]) == size and "ms" in r}
+            cells = [f"{found[name]:.3f}" if name in found else "" for name in providers]
+            lines.append(f"| {size[0]:,} x {size[1]:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="ROWSxVOCABULARY")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each; the median is reported")
     parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
+    parser.add_argument("--show", type=Path, metavar="JSON", help="print the tables of an earlier run, and exit")
     args = parser.parse_args()
+    if args.show is not None:
+        records = json.loads(args.show.read_text())["records"]
+        print(summary(records) + "\n" + table(records))
+        return
     if not torch.cuda.is_available():
         parser.exit(1, "needs an NVIDIA GPU\n")
 
