@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.ops._library import mutating_op, overwritten
+
 
 class KnownGradientFunction(torch.autograd.Function):
     """``apply(x, gradient, loss)`` is ``loss``, with ``gradient`` as its gradient by ``x``, for one backward.
@@ -23,17 +25,17 @@ class KnownGradientFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         _scale_gradient(gradient, upstream)
+        overwritten(gradient)
         return gradient, None, None
 
 
-@torch.library.custom_op("grpo_fast::scale_gradient", mutates_args=("gradient",))
+def _fake_scale_gradient(gradient: Tensor, factor: Tensor) -> None:
+    return None
+
+
+@mutating_op("scale_gradient", mutates="gradient", fake=_fake_scale_gradient)
 def _scale_gradient(gradient: Tensor, factor: Tensor) -> None:
     """Multiply ``gradient`` (..., V) by the scalar ``factor``, unread on the host; 1 costs only a launch."""
     from grpo_fast.kernels.scale_gradient import scale_gradient
 
     scale_gradient(gradient, factor)
-
-
-@_scale_gradient.register_fake
-def _(gradient: Tensor, factor: Tensor) -> None:
-    return None

@@ -11,6 +11,7 @@ from grpo_fast import backend
 from grpo_fast.config import CLIPPED_LOSSES, GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_logits_options, check_vocabulary
 from grpo_fast.ops._known_gradient import KnownGradientFunction
+from grpo_fast.ops._library import mutating_op, overwritten
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
 from grpo_fast.ops.selective_log_softmax import fused_logps_and_entropy
 from grpo_fast.reference import accumulation_dtype, logps_and_entropy_ref
@@ -218,6 +219,8 @@ def _fused(
         logit_scale=logit_scale,
         softcap=softcap,
     )
+    if gradient is not None:
+        overwritten(gradient)
     loss, *values = results.unbind()
     metrics = {name: value for name, value in zip(METRICS, values, strict=True) if _has_metric(name, batch)}
     if c.loss_type == "cispo":
@@ -257,7 +260,14 @@ def _has_metric(name: str, batch: LossBatch) -> bool:
     return c.loss_type in CLIPPED_LOSSES or not name.startswith("clip_ratio")
 
 
-@torch.library.custom_op("grpo_fast::grpo_loss", mutates_args=("gradient",))
+def _fake_grpo_loss(
+    gradient: Tensor | None, logits: Tensor | None, completion_ids: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    logps, entropy = (completion_ids.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
+    return logps.new_empty(1 + len(METRICS)), logps, entropy
+
+
+@mutating_op("grpo_loss", mutates="gradient", fake=_fake_grpo_loss)
 def _grpo_loss(
     gradient: Tensor | None,
     logits: Tensor | None,
@@ -330,11 +340,3 @@ def _grpo_loss(
         softcap=softcap,
     )
     return results
-
-
-@_grpo_loss.register_fake
-def _(
-    gradient: Tensor | None, logits: Tensor | None, completion_ids: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    logps, entropy = (completion_ids.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
-    return logps.new_empty(1 + len(METRICS)), logps, entropy
