@@ -12,8 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels import _loss as loss_math
-from grpo_fast.kernels._loss import count_tokens, find_sequence, reward_statistics, token_loss
+from grpo_fast.kernels._loss import (
+    BY_CONSTANT,
+    BY_SEQUENCE,
+    BY_TOKENS,
+    CISPO,
+    CLIPPED,
+    SAPO,
+    count_tokens,
+    find_sequence,
+    reward_statistics,
+    token_loss,
+)
 from grpo_fast.kernels._rows import row_gradient, row_statistics, row_zero
 from grpo_fast.kernels.selective_log_softmax import logits_arguments
 
@@ -25,9 +35,9 @@ SHORT_ROWS = {"LANES": 512, "UNROLL": 2, "num_warps": 16, "maxnreg": 32}
 SHORT = 160 * 1024  # bytes
 THREADS_PER_SM = 2048
 
-TERMS = {"clipped": loss_math.CLIPPED, "cispo": loss_math.CISPO, "sapo": loss_math.SAPO}
+TERMS = {"clipped": CLIPPED, "cispo": CISPO, "sapo": SAPO}
 RESULTS = 13
-REDUCTIONS = {"tokens": loss_math.BY_TOKENS, "sequence_tokens": loss_math.BY_SEQUENCE}
+REDUCTIONS = {"tokens": BY_TOKENS, "sequence_tokens": BY_SEQUENCE}
 
 
 # T and the numbers of rows and sequences change with every batch: compiled for none of their values.
@@ -101,7 +111,7 @@ def _grpo_loss_kernel(
     weight = 1.0 / divisor
     if num_items is not None:
         weight = 1.0 / tl.maximum(tl.load(num_items).to(tl.float32), 1.0)
-    if REDUCTION == loss_math.BY_TOKENS:
+    if REDUCTION == BY_TOKENS:
         last = N
         if ends is not None:
             last = tl.load(ends + B - 1).to(tl.int32)
@@ -144,7 +154,7 @@ def _grpo_loss_kernel(
             # What concerns the sequence, unless the row before was of the same one.
             if b != sequence:
                 sequence = b
-                if REDUCTION == loss_math.BY_SEQUENCE:
+                if REDUCTION == BY_SEQUENCE:
                     sequence_weight = weight / tl.maximum(count_tokens(mask, None, start, end), 1.0)
                 if rewards is not None:
                     group = b // group_size * group_size
@@ -452,7 +462,7 @@ def grpo_loss_fwd(
         entropy_coef=entropy_coef,
         HAS_SOFTCAP=softcap is not None,
         TERM=TERMS[term],
-        REDUCTION=REDUCTIONS.get(reduction, loss_math.BY_CONSTANT),
+        REDUCTION=REDUCTIONS.get(reduction, BY_CONSTANT),
         SCALE_REWARDS=scale_rewards,
         PER_TOKEN_ADVANTAGES=advantages is not None and advantages.shape == completion_ids.shape,
         PER_TOKEN_SAMPLER_RATIO=sampler_ratio is not None and sampler_ratio.shape == completion_ids.shape,
