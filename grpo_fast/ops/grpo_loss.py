@@ -83,12 +83,16 @@ def grpo_loss(
         entropy_threshold: The same by value: tokens of at least this entropy, in nats. A number or a 0-d tensor.
         num_items_in_batch: What ``dapo``, ``cispo`` and ``vespo`` divide by, a number or a 0-d tensor; None takes
             the tokens that count in this batch. Nothing is reduced across processes here.
-        temperature, logit_scale, softcap, overwrite_logits: As in ``selective_log_softmax``.
+        temperature, logit_scale, softcap: As in ``selective_log_softmax``.
+        overwrite_logits: Write the gradient over the logits, which saves a buffer as large. Their values are gone
+            when this returns, or, for losses that need a whole sequence first, after the backward; with nothing to
+            differentiate they stay. The ``"torch"`` implementation leaves them alone.
         config: The loss's options.
         impl: None, or an implementation by name.
 
     Returns:
-        ``GRPOLossOutput(loss, logps, entropy, metrics)``; the loss is differentiable in ``logits``.
+        ``GRPOLossOutput(loss, logps, entropy, metrics)``; the loss is differentiable in ``logits``. The kernels
+        compute the gradient along with the loss and hand that buffer out, so they allow one backward.
 
     Raises:
         ValueError, TypeError: An argument is wrong; the message names it.
