@@ -343,12 +343,13 @@ def test_in_a_cuda_graph() -> None:
 @on_gpu
 def test_nothing_recompiles() -> None:
     """Neither a new length nor new values of the options are a new kernel."""
-    from grpo_fast.kernels import grpo_loss as kernels
+    from grpo_fast.kernels._results import _grpo_results_kernel
+    from grpo_fast.kernels.grpo_loss import _grpo_loss_kernel
 
     def compiled() -> int:
         return sum(
             len(cache[0])
-            for kernel in (kernels._grpo_loss_kernel, kernels._grpo_results_kernel)
+            for kernel in (_grpo_loss_kernel, _grpo_results_kernel)
             for cache in kernel.device_caches.values()
         )
 
