@@ -36,8 +36,7 @@ OLDEST_ARCHITECTURE = 80  # bfloat16, and copies to shared memory that do not wa
 
 HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
-# The CUDA runtime linked in stays hidden: torch brings another one into the same process.
-LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL")
+LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
 
 
 class BuildError(SystemExit):
@@ -178,9 +177,8 @@ def ninja_file(
     }
     lines = []
     for rule, words in commands.items():
-        quoted = [
-            word if word.startswith(("$in", "$out")) else shlex.quote(word).replace("$", "$$") for word in words
-        ]
+        variables = ("$in", "$out", "$out.d")
+        quoted = (word if word in variables else shlex.quote(word).replace("$", "$$") for word in words)
         lines += [f"rule {rule}", f"  command = {' '.join(quoted)}"]
         lines += ["  depfile = $out.d", "  deps = gcc"] if rule != "link" else []
     for source in sources:
