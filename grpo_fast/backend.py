@@ -6,8 +6,11 @@ the first implementation an op has that can run on its input is taken; one asked
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import warnings
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,6 +27,24 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("torch",),
     "linear_distillation_loss": ("torch",),
 }
+
+_OLDEST_CAPABILITY = (9, 0)  # of the CUDA kernels
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    """The CUDA extension, and why there is none."""
+    if importlib.util.find_spec("grpo_fast._C") is None:
+        return None, "the CUDA extension is not built"
+    try:
+        return importlib.import_module("grpo_fast._C"), ""
+    except ImportError as error:
+        message = f"the CUDA extension is built, but fails to import: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)  # impl=None would pass over it in silence
+        return None, message
+
+
+#: The CUDA extension or None, and then why.
+EXTENSION, WHY_NO_EXTENSION = _load_extension()
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot look it up
 
@@ -43,14 +64,20 @@ def choose(op: str, impl: str | None, x: Tensor) -> str:
         raise RuntimeError(f"impl={impl!r}: {op} has no such kernel in this version; it has {', '.join(OPS[op])}")
     obstacle = _obstacle(impl, x.device, x.dtype)
     if obstacle is not None:
-        raise RuntimeError(f"impl={impl!r}: {obstacle}")
+        hint = " (pip install with nvcc; see grpo-fast info)" if obstacle == WHY_NO_EXTENSION else ""
+        raise RuntimeError(f"impl={impl!r}: {obstacle}{hint}")
     return impl
 
 
-def describe() -> dict[str, str]:
-    """What each op would run on this machine, for ``grpo-fast info``."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {op: _best(op, device, torch.bfloat16) for op in OPS}
+def describe() -> dict[str, tuple[str, dict[str, str]]]:
+    """What each op would run on this machine, and what keeps it from each better implementation it has."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    described = {}
+    for op, names in OPS.items():
+        best = _best(op, device, torch.bfloat16)
+        obstacles = {name: _obstacle(name, device, torch.bfloat16) for name in names[: names.index(best)]}
+        described[op] = best, {name: why or "interpreted here, for tests" for name, why in obstacles.items()}
+    return described
 
 
 def _best(op: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -63,10 +90,39 @@ def _obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None
     """Why ``impl`` cannot run on such input, or None if it can."""
     if impl == "torch":
         return None
-    if not _HAS_TRITON:
+    if impl == "cuda" and EXTENSION is None:
+        return WHY_NO_EXTENSION
+    if impl == "triton" and not _HAS_TRITON:
         return "the package triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
         return f"needs tensors on an NVIDIA GPU, got {device}"
     if dtype == torch.float64:
         return "computes in float32, got float64"
+    return _unserved(device) if impl == "cuda" else None
+
+
+def _unserved(device: torch.device) -> str | None:
+    """Why the CUDA extension has no kernels for a GPU, or None if it has."""
+    properties = torch.cuda.get_device_properties(device)  # what torch.compile can evaluate; the capability it cannot
+    capability = (properties.major, properties.minor)
+    got = f"{properties.major}.{properties.minor}"
+    if capability < _OLDEST_CAPABILITY:
+        return f"needs a GPU of compute capability 9.0 or newer (thread-block clusters), got {got}"
+    assert EXTENSION is not None
+    if not any(_serves(architecture, capability) for architecture in EXTENSION.architectures.split()):
+        built = EXTENSION.architectures
+        return f"the CUDA extension is built for {built}, which a GPU of compute capability {got} cannot run"
     return None
+
+
+def _serves(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was compiled for an architecture such as 80, 90a or 100+PTX."""
+    name, _, ptx = architecture.partition("+")
+    number = name.rstrip("af")
+    compiled = (int(number[:-1]), int(number[-1]))
+    if ptx and compiled <= capability:  # PTX is that of the bare number, which newer GPUs compile for themselves
+        return True
+    if name.endswith("a"):
+        return compiled == capability
+    return compiled[0] == capability[0] and compiled[1] <= capability[1]

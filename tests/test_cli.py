@@ -6,11 +6,13 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("reasoning_gym")
 
+from grpo_fast import backend
 from grpo_fast.train.cli import main
 from grpo_fast.train.settings import Settings
 
@@ -90,6 +92,26 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "examples:" in printed
     assert all(f"--{f.name.replace('_', '-')}" in printed for f in fields(Settings))
+
+
+def test_info_says_what_runs_and_what_keeps_the_better_ones_from_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backend, "OPS", {"group_advantages": ("torch",), "grpo_loss": ("cuda", "triton", "torch")})
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    monkeypatch.setattr(backend, "EXTENSION", None)
+    monkeypatch.setattr(backend, "WHY_NO_EXTENSION", "the CUDA extension is not built")
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "CUDA      the CUDA extension is not built (pip install with nvcc; see README.md)" in lines
+    why = "(cuda: the CUDA extension is not built; triton: the package triton is not installed)"
+    assert [line.split(maxsplit=2) for line in lines[-2:]] == [
+        ["group_advantages", "torch"],
+        ["grpo_loss", "torch", why],
+    ]
+    monkeypatch.setattr(backend, "EXTENSION", SimpleNamespace(architectures="90a 100+PTX", cuda_version="13.0"))
+    assert main(["info"]) == 0
+    assert "CUDA      the CUDA extension is built with 13.0 for 90a 100+PTX\n" in capsys.readouterr().out
 
 
 def test_info_and_the_module(capsys: pytest.CaptureFixture[str]) -> None:

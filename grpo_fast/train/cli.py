@@ -195,11 +195,20 @@ def _info(options: dict[str, Any], command: str) -> None:
     from grpo_fast import backend
     from grpo_fast.version import __version__
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
     triton = "not installed" if importlib.util.find_spec("triton") is None else _version("triton")
-    print(f"grpo_fast {__version__}\ntorch     {torch.__version__}\ntriton    {triton}\nGPU       {gpu}\n")
-    for op, impl in backend.describe().items():
-        print(f"{op:30} {impl}")
+    extension, gpu = backend.EXTENSION, "none that torch sees"
+    if extension is None:
+        built = f"{backend.WHY_NO_EXTENSION} (pip install with nvcc; see README.md)"
+    else:
+        built = f"the CUDA extension is built with {extension.cuda_version} for {extension.architectures}"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        gpu = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+    print(f"grpo_fast {__version__}\ntorch     {torch.__version__}\ntriton    {triton}\nCUDA      {built}")
+    print(f"GPU       {gpu}\n")
+    for op, (impl, obstacles) in backend.describe().items():
+        why = f" ({'; '.join(f'{name}: {obstacle}' for name, obstacle in obstacles.items())})" if obstacles else ""
+        print(f"{op:30} {impl:6}{why}".rstrip())
 
 
 def _keep_freed_memory() -> None:
