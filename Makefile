@@ -9,6 +9,8 @@ OUT    ?= runs/demo
 # The CPU build for machines without an NVIDIA GPU; with one, the build that the package index gives.
 CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+# What the package is built from; the rest of an editable install follows the sources by itself.
+BUILD := pyproject.toml setup.py $(wildcard csrc/*)
 
 .PHONY: demo test lint format clean
 
@@ -16,6 +18,7 @@ demo: $(VENV)/.train
 	$(BIN)/grpo-fast train --out $(OUT) --seed $(SEED)
 
 test: $(VENV)/.test lint
+	$(BIN)/grpo-fast info # says whether the CUDA extension is built
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.test
@@ -35,13 +38,13 @@ $(VENV)/.torch:
 	  $(BIN)/pip install -q --index-url $(CPU_INDEX) "$(CPU_TORCH)"; fi
 	touch $@
 
-$(VENV)/.train: $(VENV)/.torch pyproject.toml
+$(VENV)/.train: $(VENV)/.torch $(BUILD)
 	$(BIN)/pip install -q -e ".[train]"
 	touch $@
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml
+$(VENV)/.test: $(VENV)/.torch $(BUILD)
 	$(BIN)/pip install -q -e ".[test]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info grpo_fast/_C.*.so
