@@ -168,11 +168,11 @@ def ninja_file(
     threads = max(1, jobs(environ) // max(1, units))  # the architectures of one file are compiled in parallel too
     includes = [f"-I{folder}" for folder in toolkit.includes]
     gencodes = [flag for target in targets for flag in gencode(target)]
-    macros = [f'-DGRPO_FAST_ARCHITECTURES="{" ".join(targets)}"', f'-DGRPO_FAST_CUDA_VERSION="{toolkit.version}"']
+    macro = f'-DGRPO_FAST_ARCHITECTURES="{" ".join(targets)}"'
     depfile = ["-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
     commands = {
         "cuda": [toolkit.nvcc, *NVCC_FLAGS, *includes, *gencodes, "--threads", str(threads), *depfile],
-        "host": [*cxx, *HOST_FLAGS, *macros, *includes, *(f"-I{folder}" for folder in _python_includes()), *depfile],
+        "host": [*cxx, *HOST_FLAGS, macro, *includes, *(f"-I{folder}" for folder in _python_includes()), *depfile],
         "link": [*cxx, "-shared", "-o", "$out", "$in", *(f"-L{folder}" for folder in toolkit.libraries), *LINK_FLAGS],
     }
     lines = []

@@ -1,15 +1,221 @@
-// The Python module grpo_fast._C. Pointers and streams come as integers and CUDA's error codes go back, so nothing here
-// depends on torch.
+// The Python module grpo_fast._C: addresses, sizes and strides as integers in, CUDA's error code out. It knows nothing
+// of torch, so one build serves every version. grpo_fast/cuda.py calls it.
+
 #include <pybind11/pybind11.h>
 
-#include "fill.cuh"
+#include <string>
+#include <utility>
+
+#include "api.h"
+
+namespace py = pybind11;
+namespace gf = grpo_fast;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Tensor = std::pair<Address, int>;  // address, 0 for None, and DType
+
+// ValueError with the argument, what came and what is wanted, before anything is launched.
+template <typename T>
+void want(bool right, const char* name, T got, const char* wanted) {
+  if (!right) throw py::value_error(std::string(name) + ": got " + std::to_string(got) + ", want " + wanted);
+}
+
+gf::Values values(const Tensor& tensor) {
+  want(tensor.second >= 0 && tensor.second <= static_cast<int>(gf::DType::kInt64), "dtype", tensor.second, "0 to 7");
+  return {reinterpret_cast<const void*>(tensor.first), static_cast<gf::DType>(tensor.second)};
+}
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Makes a device current, and the one before it again.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
+  }
+  ~OnDevice() {
+    if (error_ == cudaSuccess) cudaSetDevice(before_);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = 0;
+  cudaError_t error_;
+};
+
+cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+using Strides = std::pair<std::int64_t, std::int64_t>;
+
+bool is_half(gf::DType dtype) { return dtype == gf::DType::kBFloat16 || dtype == gf::DType::kFloat16; }
+
+gf::Rows make_rows(Tensor logits, Strides strides, Tensor out, Strides out_strides, int count, int T, int V, Tensor ids,
+                   bool has_softcap, float slope, float cap, float cap_in) {
+  const auto dtype = values(logits).dtype, out_dtype = values(out).dtype, id_dtype = values(ids).dtype;
+  const bool is_float32 = dtype == gf::DType::kFloat32;
+  want(is_float32 || is_half(dtype), "logits' dtype", logits.second, "0 (float32), 1 (bfloat16) or 2 (float16)");
+  want(out.first == 0 || out_dtype == dtype || (is_float32 && is_half(out_dtype)), "out's dtype", out.second,
+       "that of the logits, or a half precision for float32 logits");
+  want(id_dtype == gf::DType::kInt32 || id_dtype == gf::DType::kInt64, "ids' dtype", ids.second,
+       "6 (int32) or 7 (int64)");
+  want(count >= 0, "count", count, "0 or more rows");
+  want(T >= (count > 0 ? 1 : 0), "T", T, "1 or more");
+  want(V >= 2, "V", V, "2 or more");
+  return {pointer<const void>(logits.first),
+          dtype,
+          pointer<void>(out.first),
+          out_dtype,
+          strides.first,
+          strides.second,
+          out_strides.first,
+          out_strides.second,
+          count,
+          T,
+          V,
+          values(ids),
+          nullptr,
+          {has_softcap, slope, cap, cap_in}};
+}
+
+gf::Layout make_layout(int cluster, int consumers, int stages) {
+  want(cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8 || cluster == 16, "cluster", cluster,
+       "1, 2, 4, 8 or 16 blocks");
+  want(consumers >= 1 && consumers <= gf::kMaxConsumers, "consumers", consumers, "1 to 18 warps");
+  want(stages >= 1, "stages", stages, "1 or more");
+  return {cluster, consumers, stages};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("architectures") = GRPO_FAST_ARCHITECTURES;  // what the build compiled for, as "80 90a 100+PTX"
-  m.attr("cuda_version") = GRPO_FAST_CUDA_VERSION;    // of nvcc, as "13.0"
-  m.def("error_string", [](int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); });
-  m.def("fill", [](uintptr_t out, int64_t numel, float value, uintptr_t stream) {
-    return static_cast<int>(
-        grpo_fast::fill(reinterpret_cast<float*>(out), numel, value, reinterpret_cast<cudaStream_t>(stream)));
-  });
+  m.attr("architectures") = GRPO_FAST_ARCHITECTURES;
+  m.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  m.attr("RESULTS") = gf::kResults;
+  m.attr("PARTIAL") = gf::kPartial;
+  m.def("error_string", [](int code) { return std::string(cudaGetErrorString(static_cast<cudaError_t>(code))); });
+
+  py::class_<gf::Layout>(m, "Layout")
+      .def(py::init(&make_layout), py::arg("cluster"), py::arg("consumers"), py::arg("stages"))
+      .def_readonly("cluster", &gf::Layout::cluster)
+      .def_readonly("consumers", &gf::Layout::consumers)
+      .def_readonly("stages", &gf::Layout::stages)
+      .def_property_readonly("chunk_bytes", [](const gf::Layout& self) { return gf::chunk_bytes(self); })
+      .def_property_readonly("shared_bytes", [](const gf::Layout& self) { return gf::shared_bytes(self); });
+
+  py::class_<gf::Rows>(m, "Rows")
+      .def(py::init(&make_rows), py::arg("logits"), py::arg("strides"), py::arg("out"), py::arg("out_strides"),
+           py::arg("count"), py::arg("T"), py::arg("V"), py::arg("ids"), py::arg("has_softcap"), py::arg("slope"),
+           py::arg("cap"), py::arg("cap_in"));
+
+  m.def(
+      "grpo_loss",
+      [](int device, Address stream, gf::Rows rows, const gf::Layout& layout, int count, Tensor mask,
+         Tensor ends, Tensor entropy_mask, Tensor advantages, bool per_token_advantages, Tensor rewards,
+         int group_size, int scale_rewards, Tensor sampler_ratio, bool per_token_sampler_ratio, int reduction,
+         float divisor, Tensor num_items, float entropy_coef, Tensor old_logps, Tensor ref_logps,
+         Tensor entropy_threshold, int term, int kl_estimator, bool has_dual_clip, bool bias_correction, float low,
+         float high, float delta, float dual_clip, float beta, float tau_pos, float tau_neg, Address per_token,
+         Address kept, Address zero_std, Address scalars, Address partials, Address logps, Address entropies,
+         Address results) -> int {
+        want(rewards.first == 0 || group_size >= 1, "group_size", group_size, "1 or more with rewards");
+        want(count == 0 || rewards.first != 0 || advantages.first != 0, "advantages", 0, "their address, or rewards");
+        want(kl_estimator == gf::kNoKL || ref_logps.first != 0, "ref_logps", 0, "their address with a KL term");
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return on.error();
+        rows.kept = pointer<const std::uint8_t>(kept);
+        const gf::Batch batch = {count, rows.T, rows.count, values(mask), values(ends), values(entropy_mask)};
+        const gf::PlanInputs inputs = {values(advantages),
+                                       per_token_advantages,
+                                       values(rewards),
+                                       group_size,
+                                       scale_rewards,
+                                       values(sampler_ratio),
+                                       per_token_sampler_ratio,
+                                       reduction,
+                                       divisor,
+                                       values(num_items),
+                                       entropy_coef};
+        float* tokens = pointer<float>(per_token);  // (7, N)
+        const auto row = [&](int i) { return tokens + std::int64_t(i) * rows.count; };
+        const gf::Plan plan = {row(0),
+                               row(1),
+                               sampler_ratio.first == 0 ? nullptr : row(2),
+                               pointer<std::uint8_t>(kept),
+                               pointer<float>(zero_std),
+                               pointer<float>(scalars),
+                               pointer<int>(scalars) + 1};
+        const gf::RowResults left = {pointer<float>(logps), pointer<float>(entropies), row(3),
+                                     kl_estimator == gf::kNoKL ? nullptr : row(4), row(5), row(6)};
+        const gf::LossOptions options = {term, kl_estimator, has_dual_clip, bias_correction, low,     high,
+                                         delta, dual_clip,    beta,          tau_pos,         tau_neg};
+        const gf::TokenInputs token_inputs = {values(old_logps), values(ref_logps), values(entropy_mask),
+                                              values(entropy_threshold)};
+        cudaError_t error = gf::plan(batch, inputs, plan, stream_of(stream));
+        if (error == cudaSuccess && rows.count > 0) {
+          error = gf::grpo_loss_rows(rows, layout, options, plan, token_inputs, entropy_coef != 0.0f, left,
+                                     stream_of(stream));
+        }
+        if (error != cudaSuccess) return error;
+        return gf::sum_rows(batch, left, plan, entropy_coef, pointer<float>(partials), pointer<float>(results),
+                            stream_of(stream));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("count"), py::arg("mask"),
+      py::arg("ends"), py::arg("entropy_mask"), py::arg("advantages"), py::arg("per_token_advantages"),
+      py::arg("rewards"), py::arg("group_size"), py::arg("scale_rewards"), py::arg("sampler_ratio"),
+      py::arg("per_token_sampler_ratio"), py::arg("reduction"), py::arg("divisor"), py::arg("num_items"),
+      py::arg("entropy_coef"), py::arg("old_logps"), py::arg("ref_logps"), py::arg("entropy_threshold"),
+      py::arg("term"), py::arg("kl_estimator"), py::arg("has_dual_clip"), py::arg("bias_correction"), py::arg("low"),
+      py::arg("high"), py::arg("delta"), py::arg("dual_clip"), py::arg("beta"), py::arg("tau_pos"),
+      py::arg("tau_neg"), py::arg("per_token"), py::arg("kept"), py::arg("zero_std"), py::arg("scalars"),
+      py::arg("partials"), py::arg("logps"), py::arg("entropies"), py::arg("results"));
+
+  m.def(
+      "log_probs",
+      [](int device, Address stream, gf::Rows rows, const gf::Layout& layout, Address kept,
+         Address logps, Address entropies, Address shifts, Address totals) -> int {
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return on.error();
+        rows.kept = pointer<const std::uint8_t>(kept);
+        return gf::log_probs_rows(rows, layout,
+                                  {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts),
+                                   pointer<float>(totals)},
+                                  stream_of(stream));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("kept"), py::arg("logps"),
+      py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
+
+  m.def(
+      "log_probs_gradient",
+      [](int device, Address stream, gf::Rows rows, Address kept, Address logps, Address entropies,
+         Address shifts, Address totals, Address d_logps, Address d_entropies) -> int {
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return on.error();
+        rows.kept = pointer<const std::uint8_t>(kept);
+        return gf::log_probs_gradient(rows,
+                                      {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts),
+                                       pointer<float>(totals)},
+                                      pointer<const float>(d_logps), pointer<const float>(d_entropies),
+                                      stream_of(stream));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("kept"), py::arg("logps"),
+      py::arg("entropies"), py::arg("shifts"), py::arg("totals"), py::arg("d_logps"), py::arg("d_entropies"));
+
+  m.def(
+      "scale_gradient",
+      [](int device, Address stream, Tensor gradient, Strides strides, int count, int T,
+         int V, Address factor) -> int {
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return on.error();
+        return gf::scale_gradient(pointer<void>(gradient.first), static_cast<gf::DType>(gradient.second),
+                                  strides.first, strides.second, count, T, V, pointer<const float>(factor),
+                                  stream_of(stream));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("gradient"), py::arg("strides"), py::arg("count"), py::arg("T"),
+      py::arg("V"), py::arg("factor"));
 }

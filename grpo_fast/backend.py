@@ -20,8 +20,8 @@ IMPLEMENTATIONS = ("cuda", "triton", "torch")
 #: What each op has, best first.
 OPS: dict[str, tuple[str, ...]] = {
     "group_advantages": ("torch",),
-    "selective_log_softmax": ("triton", "torch"),
-    "grpo_loss": ("triton", "torch"),
+    "selective_log_softmax": ("cuda", "triton", "torch"),
+    "grpo_loss": ("cuda", "triton", "torch"),
     "linear_selective_log_softmax": ("torch",),
     "linear_grpo_loss": ("torch",),
     "linear_cross_entropy": ("torch",),
@@ -57,12 +57,12 @@ def choose(op: str, impl: str | None, x: Tensor) -> str:
         RuntimeError: ``impl`` cannot run ``op`` here; the message says why.
     """
     if impl is None:
-        return _best(op, x.device, x.dtype)
+        return _best(op, x.device, x.dtype, x.stride(-1))
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, want None or one of {', '.join(IMPLEMENTATIONS)}")
     if impl not in OPS[op]:
         raise RuntimeError(f"impl={impl!r}: {op} has no such kernel in this version; it has {', '.join(OPS[op])}")
-    obstacle = _obstacle(impl, x.device, x.dtype)
+    obstacle = _obstacle(impl, x.device, x.dtype, x.stride(-1))
     if obstacle is not None:
         hint = " (pip install with nvcc; see grpo-fast info)" if obstacle == WHY_NO_EXTENSION else ""
         raise RuntimeError(f"impl={impl!r}: {obstacle}{hint}")
@@ -80,14 +80,14 @@ def describe() -> dict[str, tuple[str, dict[str, str]]]:
     return described
 
 
-def _best(op: str, device: torch.device, dtype: torch.dtype) -> str:
+def _best(op: str, device: torch.device, dtype: torch.dtype, stride: int = 1) -> str:
     if device.type != "cuda":  # Triton's interpreter runs there too, but only to be tested
         return "torch"
-    return next(name for name in OPS[op] if _obstacle(name, device, dtype) is None)
+    return next(name for name in OPS[op] if _obstacle(name, device, dtype, stride) is None)
 
 
-def _obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``impl`` cannot run on such input, or None if it can."""
+def _obstacle(impl: str, device: torch.device, dtype: torch.dtype, stride: int = 1) -> str | None:
+    """Why ``impl`` cannot run on input with such a last dimension, or None if it can."""
     if impl == "torch":
         return None
     if impl == "cuda" and EXTENSION is None:
@@ -99,6 +99,8 @@ def _obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None
         return f"needs tensors on an NVIDIA GPU, got {device}"
     if dtype == torch.float64:
         return "computes in float32, got float64"
+    if impl == "cuda" and stride != 1:
+        return f"needs a last dimension of stride 1, got {stride}"
     return _unserved(device) if impl == "cuda" else None
 
 

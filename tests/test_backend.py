@@ -32,14 +32,19 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return machine
 
 
-def choose(impl: str | None = None, device: torch.device = GPU, dtype: torch.dtype = torch.bfloat16) -> str:
-    return backend.choose("op", impl, SimpleNamespace(device=device, dtype=dtype))
+def choose(
+    impl: str | None = None, device: torch.device = GPU, dtype: torch.dtype = torch.bfloat16, stride: int = 1
+) -> str:
+    return backend.choose("op", impl, SimpleNamespace(device=device, dtype=dtype, stride=lambda dim: stride))
 
 
 def test_cuda_is_chosen_where_it_runs(machine: SimpleNamespace) -> None:
     assert choose() == choose("cuda") == "cuda"
     assert choose(device=torch.device("cpu")) == "torch"
     assert choose(dtype=torch.float64) == "torch"
+    assert choose(stride=2) == "triton"
+    with pytest.raises(RuntimeError, match="impl='cuda': needs a last dimension of stride 1, got 2"):
+        choose("cuda", stride=2)
 
 
 def test_without_the_extension(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

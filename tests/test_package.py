@@ -20,6 +20,7 @@ ALLOWED = {
     "version": set(),
     "reference": {"config"},
     "backend": set(),
+    "cuda": {"_C", ""},
     "kernels": {"kernels"},
     "ops": {"ops", "backend", "config", "reference", "kernels"},
     "train": {"train", "ops", "backend", "version", ""},

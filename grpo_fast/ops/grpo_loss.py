@@ -11,7 +11,7 @@ from grpo_fast import backend
 from grpo_fast.config import CLIPPED_LOSSES, GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_logits_options, check_vocabulary
 from grpo_fast.ops._known_gradient import KnownGradientFunction
-from grpo_fast.ops._library import mutating_op, overwritten
+from grpo_fast.ops._library import launchers, mutating_op, overwritten
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
 from grpo_fast.ops.selective_log_softmax import fused_logps_and_entropy
 from grpo_fast.reference import accumulation_dtype, logps_and_entropy_ref
@@ -123,7 +123,7 @@ def grpo_loss(
 
     implementation = backend.choose("grpo_loss", impl, logits)
     if implementation != "torch" and _is_known_by_token(batch):
-        return _fused(logits, batch, temperature, logit_scale, softcap, overwrite_logits)
+        return _fused(logits, batch, temperature, logit_scale, softcap, overwrite_logits, implementation)
     # The loss needs every token's log-prob first: log-probs, the reference on (B, T) values, then the gradient.
     sequences = batch.sequences(accumulation_dtype(logits))
     if implementation == "torch":
@@ -145,6 +145,7 @@ def grpo_loss(
             softcap,
             return_entropy=True,
             overwrite_logits=overwrite_logits,
+            impl=implementation,
         )
     return batch.loss(logps, entropy, sequences)
 
@@ -167,6 +168,7 @@ def _fused(
     logit_scale: float,
     softcap: float | None,
     overwrite_logits: bool,
+    impl: str,
 ) -> GRPOLossOutput:
     """The single-launch kernel over arguments that are checked."""
     c = batch.config
@@ -222,6 +224,7 @@ def _fused(
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
+        impl=impl,
     )
     if gradient is not None:
         overwritten(gradient)
@@ -232,7 +235,7 @@ def _fused(
     if zero_std is not None:
         metrics["frac_reward_zero_std"] = zero_std
     if gradient is not None:
-        loss = KnownGradientFunction.apply(rows, gradient, loss)
+        loss = KnownGradientFunction.apply(rows, gradient, loss, impl)
     return GRPOLossOutput(loss, logps, entropy, metrics)
 
 
@@ -305,12 +308,11 @@ def _grpo_loss(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss and metrics, logps, entropy); ``gradient`` holds the logits where ``logits`` is None."""
-    from grpo_fast.kernels.grpo_loss import grpo_loss_fwd
-
     source = gradient if logits is None else logits
-    results: tuple[Tensor, Tensor, Tensor] = grpo_loss_fwd(
+    results: tuple[Tensor, Tensor, Tensor] = launchers("grpo_loss", impl).grpo_loss_fwd(
         gradient,
         source,
         completion_ids,

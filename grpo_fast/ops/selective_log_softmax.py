@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
+from grpo_fast.ops._library import launchers
 from grpo_fast.reference import logps_and_entropy_ref
 
 
@@ -52,13 +53,14 @@ def selective_log_softmax(
     shapes.optional("mask", mask, token_dims, dtypes=MASKS)
     check_vocabulary(shapes.dims["V"])
     check_logits_options(temperature, logit_scale, softcap)
-    if backend.choose("selective_log_softmax", impl, logits) == "torch":
+    implementation = backend.choose("selective_log_softmax", impl, logits)
+    if implementation == "torch":
         logps, entropy = logps_and_entropy_ref(
             logits, index, mask=mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap
         )
         return (logps, entropy) if return_entropy else logps
     logps, entropy = fused_logps_and_entropy(
-        logits, index, mask, temperature, logit_scale, softcap, return_entropy, overwrite_logits
+        logits, index, mask, temperature, logit_scale, softcap, return_entropy, overwrite_logits, implementation
     )
     return (logps, entropy) if return_entropy else logps
 
@@ -72,6 +74,7 @@ def fused_logps_and_entropy(
     softcap: float | None,
     return_entropy: bool,
     overwrite_logits: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The kernels, over arguments that are checked: (logps, entropy), the entropy empty unless asked for."""
     shape = index.shape
@@ -81,7 +84,7 @@ def fused_logps_and_entropy(
     if mask is not None:
         mask = mask.reshape(rows.shape[:2]).bool().contiguous()
     logps, entropy, _, _ = _selective_log_softmax(
-        rows, index, mask, temperature, logit_scale, softcap, return_entropy, overwrite_logits
+        rows, index, mask, temperature, logit_scale, softcap, return_entropy, overwrite_logits, impl
     )
     return logps.view(shape), entropy.view(shape) if return_entropy else entropy
 
@@ -96,10 +99,10 @@ def _selective_log_softmax(
     softcap: float | None,
     return_entropy: bool,
     overwrite_logits: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from grpo_fast.kernels.selective_log_softmax import selective_log_softmax_fwd
-
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = selective_log_softmax_fwd(
+    kernels = launchers("selective_log_softmax", impl)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.selective_log_softmax_fwd(
         logits, index, mask, temperature, logit_scale, softcap, return_entropy
     )
     return results
@@ -115,6 +118,7 @@ def _(
     softcap: float | None,
     return_entropy: bool,
     overwrite_logits: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logps, shifts, totals = (logits.new_empty(index.shape, dtype=torch.float32) for _ in range(3))
     entropy = logits.new_empty(index.shape if return_entropy else (0,), dtype=torch.float32)
@@ -136,12 +140,11 @@ def _selective_log_softmax_backward(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    impl: str,
 ) -> None:
     """Write the gradient of the logits into ``out``, which holds the logits where ``logits`` is None."""
-    from grpo_fast.kernels.selective_log_softmax import selective_log_softmax_bwd
-
     source = out if logits is None else logits
-    selective_log_softmax_bwd(
+    launchers("selective_log_softmax", impl).selective_log_softmax_bwd(
         out,
         source,
         index,
@@ -159,12 +162,12 @@ def _selective_log_softmax_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, index, mask, *options, _, overwrite = inputs
+    logits, index, mask, *options, _, overwrite, impl = inputs
     logps, entropy, shifts, totals = output
     ctx.mark_non_differentiable(shifts, totals)
     ctx.set_materialize_grads(False)  # an entropy that nothing depends on costs the backward nothing
     ctx.save_for_backward(logits, index, mask, logps, entropy, shifts, totals)
-    ctx.options, ctx.overwrite = options, overwrite
+    ctx.options, ctx.overwrite, ctx.impl = options, overwrite, impl
 
 
 def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -182,8 +185,9 @@ def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: No
         torch.zeros_like(logps) if d_logps is None else d_logps.contiguous(),
         None if d_entropy is None else d_entropy.contiguous(),
         *ctx.options,
+        ctx.impl,
     )
-    return out, *[None] * 7
+    return out, *[None] * 8
 
 
 _selective_log_softmax.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,153 @@
+// What bindings.cpp calls: plain structs and launchers, no device code. Launchers return CUDA's error code.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace grpo_fast {
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64, kBool, kUInt8, kInt32, kInt64 };
+
+// A contiguous tensor as Python passes it: an address, null for None, and a dtype.
+struct Values {
+  const void* data;
+  DType dtype;
+};
+
+// z = u * slope, u = cap * tanh(x * cap_in); without a softcap u = x.
+struct LogitOptions {
+  bool has_softcap;
+  float slope, cap, cap_in;
+};
+
+// (B, T, V) logits and their gradient, V contiguous; row n is (n / T, n % T).
+struct Rows {
+  const void* logits;
+  DType dtype;
+  void* out;  // null for no gradient; may be the logits
+  DType out_dtype;  // that of the logits, or a half precision for float32 logits
+  int64_t stride_b, stride_t, out_stride_b, out_stride_t;
+  int count;  // B T
+  int T;
+  int V;
+  Values ids;  // per row, the sampled tokens
+  const uint8_t* kept;  // per row; null for all
+  LogitOptions options;
+};
+
+constexpr int kMaxConsumers = 18;
+
+// How rows are laid out on the chip; see resident.cuh.
+struct Layout {
+  int cluster;  // blocks that share a row
+  int consumers;  // warps of a block that do the arithmetic
+  int stages;  // chunks of a block's ring
+};
+
+int chunk_bytes(const Layout& layout);
+int shared_bytes(const Layout& layout);
+
+// B sequences of T tokens each, or of N packed ones.
+struct Batch {
+  int count;  // B
+  int T;
+  int N;
+  Values mask;  // per token
+  Values ends;  // (B,) where each packed sequence ends
+  Values entropy_mask;  // per token
+};
+
+enum Reduction : int { kByConstant, kByTokens, kBySequence };
+enum ScaleRewards : int { kGroup, kBatch, kUnscaled };
+
+struct PlanInputs {
+  Values advantages;  // per token or (B,)
+  bool per_token_advantages;
+  Values rewards;  // (B,), in place of advantages; NaN is unscorable
+  int group_size;
+  int scale_rewards;
+  Values sampler_ratio;  // per token or (B,)
+  bool per_token_sampler_ratio;
+  int reduction;
+  float divisor;
+  Values num_items;  // scalar, in place of the divisor
+  float entropy_coef;
+};
+
+// What a batch's rows need of their sequences and groups.
+struct Plan {
+  float* weights;  // (N,) of each token in the sum over tokens; 0 where it does not count
+  float* advantages;  // (N,)
+  float* sampler_ratio;  // (N,); null for 1
+  uint8_t* kept;  // (N,); null where all are
+  float* zero_std;  // (B,): 1 where the group has no spread; null without rewards
+  float* d_entropy;  // scalar: the upstream gradient of each chosen token's entropy
+  int* finished;  // scalar: 0, for sum_rows
+};
+
+cudaError_t plan(const Batch& batch, const PlanInputs& inputs, const Plan& plan, cudaStream_t stream);
+
+enum Term : int { kClipped, kCispo, kSapo };
+enum KLEstimator : int { kNoKL, kK1, kK2, kK3 };
+
+struct LossOptions {
+  int term;
+  int kl_estimator;
+  bool has_dual_clip;
+  bool bias_correction;
+  float low, high;  // clip bounds of the ratio
+  float delta;  // infinite for none
+  float dual_clip;
+  float beta;
+  float tau_pos, tau_neg;
+};
+
+// Beside the plan, per token.
+struct TokenInputs {
+  Values old_logps, ref_logps, entropy_mask;
+  Values entropy_threshold;  // scalar
+};
+
+// What the rows leave behind, per token.
+struct RowResults {
+  float* logps;
+  float* entropies;
+  float* losses;
+  float* kls;  // null without a KL term
+  float* ratios;
+  float* clips;
+};
+
+// The loss terms and the gradient of every row.
+cudaError_t grpo_loss_rows(const Rows& rows, const Layout& layout, const LossOptions& options, const Plan& plan,
+                           const TokenInputs& inputs, bool entropy_bonus, const RowResults& results,
+                           cudaStream_t stream);
+
+constexpr int kResults = 13;  // the loss, then the metrics
+constexpr int kPartial = 13;  // what a sequence adds to them
+
+// (kResults,) results from all rows, in a fixed order; `partials` is (max(B, 1), kPartial) for the sequences' sums.
+cudaError_t sum_rows(const Batch& batch, const RowResults& rows, const Plan& plan, float entropy_coef,
+                     float* partials, float* results, cudaStream_t stream);
+
+// Per row: log-prob of the sampled token, entropy, and what the backward needs.
+struct LogProbs {
+  float* logps;
+  float* entropies;  // null for none
+  float* shifts;
+  float* totals;
+};
+
+cudaError_t log_probs_rows(const Rows& rows, const Layout& layout, const LogProbs& results, cudaStream_t stream);
+
+// The gradient of the logits from upstream gradients (N,) of log-probs and entropies; the latter may be null.
+cudaError_t log_probs_gradient(const Rows& rows, const LogProbs& results, const float* d_logps,
+                               const float* d_entropies, cudaStream_t stream);
+
+// Multiply rows in place by a scalar on the device; by 1 nothing is touched.
+cudaError_t scale_gradient(void* gradient, DType dtype, int64_t stride_b, int64_t stride_t, int count, int T, int V,
+                           const float* factor, cudaStream_t stream);
+
+}  // namespace grpo_fast

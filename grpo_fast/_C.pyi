@@ -1,0 +1,119 @@
+"""The CUDA extension; see csrc/bindings.cpp and csrc/api.h. Launchers return CUDA's error code."""
+
+# An address, 0 for None, and a dtype's number in grpo_fast.cuda.DTYPES.
+_Tensor = tuple[int, int]
+
+architectures: str
+cuda_version: str
+RESULTS: int
+PARTIAL: int
+
+class Layout:
+    cluster: int
+    consumers: int
+    stages: int
+    def __init__(self, cluster: int, consumers: int, stages: int) -> None: ...
+    @property
+    def chunk_bytes(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+
+class Rows:
+    def __init__(
+        self,
+        *,
+        logits: _Tensor,
+        strides: tuple[int, ...],
+        out: _Tensor,
+        out_strides: tuple[int, ...],
+        count: int,
+        T: int,
+        V: int,
+        ids: _Tensor,
+        has_softcap: bool,
+        slope: float,
+        cap: float,
+        cap_in: float,
+    ) -> None: ...
+
+def error_string(code: int) -> str: ...
+def grpo_loss(
+    *,
+    device: int,
+    stream: int,
+    rows: Rows,
+    layout: Layout,
+    count: int,
+    mask: _Tensor,
+    ends: _Tensor,
+    entropy_mask: _Tensor,
+    advantages: _Tensor,
+    per_token_advantages: bool,
+    rewards: _Tensor,
+    group_size: int,
+    scale_rewards: int,
+    sampler_ratio: _Tensor,
+    per_token_sampler_ratio: bool,
+    reduction: int,
+    divisor: float,
+    num_items: _Tensor,
+    entropy_coef: float,
+    old_logps: _Tensor,
+    ref_logps: _Tensor,
+    entropy_threshold: _Tensor,
+    term: int,
+    kl_estimator: int,
+    has_dual_clip: bool,
+    bias_correction: bool,
+    low: float,
+    high: float,
+    delta: float,
+    dual_clip: float,
+    beta: float,
+    tau_pos: float,
+    tau_neg: float,
+    per_token: int,
+    kept: int,
+    zero_std: int,
+    scalars: int,
+    partials: int,
+    logps: int,
+    entropies: int,
+    results: int,
+) -> int: ...
+def log_probs(
+    *,
+    device: int,
+    stream: int,
+    rows: Rows,
+    layout: Layout,
+    kept: int,
+    logps: int,
+    entropies: int,
+    shifts: int,
+    totals: int,
+) -> int: ...
+def log_probs_gradient(
+    *,
+    device: int,
+    stream: int,
+    rows: Rows,
+    kept: int,
+    logps: int,
+    entropies: int,
+    shifts: int,
+    totals: int,
+    d_logps: int,
+    d_entropies: int,
+) -> int: ...
+def scale_gradient(
+    *,
+    device: int,
+    stream: int,
+    gradient: _Tensor,
+    strides: tuple[int, ...],
+    count: int,
+    T: int,
+    V: int,
+    factor: int,
+) -> int: ...

@@ -1,0 +1,281 @@
+"""Launchers of the CUDA kernels, with the signatures of those of ``grpo_fast.kernels``: raw pointers to ``_C``.
+
+Imported only where the extension is built and the GPU is one that it has code for: ``backend`` sees to that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast import _C
+
+DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.bool: 4,
+    torch.uint8: 5,
+    torch.int32: 6,
+    torch.int64: 7,
+}
+TERMS = ("clipped", "cispo", "sapo")
+KL_ESTIMATORS = ("none", "k1", "k2", "k3")
+SCALES = ("group", "batch", "none")
+REDUCTIONS = {"tokens": 1, "sequence_tokens": 2}
+NONE = (0, 0)
+
+CONSUMERS = 16  # warps on an SM that do the arithmetic; see csrc/resident.cuh
+CLUSTERS = (1, 2, 4, 8, 16)
+LOOKAHEAD = 1.1  # what a ring holds, in slices: the next row has to begin to move in
+RESERVED = 1024  # bytes that CUDA keeps of a block's shared memory
+
+
+@functools.lru_cache
+def layout(row_bytes: int, device: int, gradient: bool) -> _C.Layout:
+    """How rows of ``row_bytes`` are laid out on the chip: the smallest cluster that holds one.
+
+    Two blocks share an SM if a row fits into half of it: one computes while the other waits. A row that no cluster
+    holds is read twice. Without a gradient rows pass by, and a block takes one alone.
+    """
+    gpu = torch.cuda.get_device_properties(device)
+    for blocks, cluster in ((2, 1), *((1, cluster) for cluster in CLUSTERS)):
+        found = _fill(gpu.shared_memory_per_multiprocessor, blocks, cluster)
+        if found.stages * found.chunk_bytes >= LOOKAHEAD * row_bytes / cluster or (blocks == 1 and not gradient):
+            break
+    return found
+
+
+def _fill(shared_memory: int, blocks: int, cluster: int) -> _C.Layout:
+    """The layout of ``blocks`` on an SM with as many stages as fit."""
+    one, two = (_C.Layout(cluster, CONSUMERS // blocks, stages).shared_bytes for stages in (1, 2))
+    return _C.Layout(cluster, CONSUMERS // blocks, 1 + (shared_memory // blocks - RESERVED - one) // (two - one))
+
+
+def stays(row_bytes: int, device: int) -> bool:
+    """Whether a row stays on the chip until its gradient is written, so that this may lie anywhere in the row."""
+    found = layout(row_bytes, device, True)
+    return found.stages * found.chunk_bytes * found.cluster >= row_bytes
+
+
+def grpo_loss_fwd(
+    out: Tensor | None,
+    logits: Tensor,
+    completion_ids: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    entropy_mask: Tensor | None,
+    sampler_ratio: Tensor | None,
+    entropy_threshold: Tensor | None,
+    num_items: Tensor | None,
+    *,
+    group_size: int,
+    divisor: float,
+    term: str,
+    reduction: str,
+    low: float,
+    high: float,
+    delta: float | None,
+    dual_clip: float | None,
+    beta: float,
+    kl_estimator: str,
+    bias_correction: bool,
+    tau_pos: float,
+    tau_neg: float,
+    entropy_coef: float,
+    scale_rewards: str,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``grpo_fast.kernels.grpo_loss.grpo_loss_fwd``.
+
+    For float32 logits ``out`` may also be of half precision, and then each row begin where the logits' row does.
+
+    Raises:
+        ValueError: It does, and the chip does not hold a row.
+        RuntimeError: A kernel was not launched.
+    """
+    T, V = logits.shape[-2:]
+    N = completion_ids.numel()
+    B = logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
+    divisor *= max({"sequences": B, "sequence_tokens": B, "positions": B * T}.get(reduction, 1), 1)
+    ends = None if cu_seqlens is None else cu_seqlens[1:]
+    logps, entropies = (logits.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
+    per_token = logits.new_empty(7, N, dtype=torch.float32)
+    kept = None if mask is None and ends is None else logits.new_empty(N, dtype=torch.uint8)
+    zero_std = None if rewards is None else logits.new_empty(B, dtype=torch.float32)
+    scalars = logits.new_empty(2, dtype=torch.float32)
+    partials = logits.new_empty(max(B, 1), _C.PARTIAL, dtype=torch.float32)
+    results = logits.new_empty(_C.RESULTS, dtype=torch.float32)
+    device = logits.device.index
+    row_bytes = V * logits.element_size()
+    shared = out is not None and out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
+    if shared and not stays(row_bytes, device):
+        raise ValueError(f"out: got the logits' memory with rows of {row_bytes} bytes, want memory of its own")
+    error = _C.grpo_loss(
+        device=device,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+        rows=_rows(logits, out, completion_ids, temperature, logit_scale, softcap),
+        layout=layout(row_bytes, device, out is not None),
+        count=B,
+        mask=_values(mask),
+        ends=_values(ends),
+        entropy_mask=_values(entropy_mask),
+        advantages=_values(advantages),
+        per_token_advantages=advantages is not None and advantages.shape == completion_ids.shape,
+        rewards=_values(rewards),
+        group_size=group_size,
+        scale_rewards=SCALES.index(scale_rewards),
+        sampler_ratio=_values(sampler_ratio),
+        per_token_sampler_ratio=sampler_ratio is not None and sampler_ratio.shape == completion_ids.shape,
+        reduction=REDUCTIONS.get(reduction, 0),
+        divisor=divisor,
+        num_items=_values(num_items),
+        entropy_coef=entropy_coef,
+        old_logps=_values(old_logps),
+        ref_logps=_values(ref_logps),
+        entropy_threshold=_values(entropy_threshold),
+        term=TERMS.index(term),
+        kl_estimator=KL_ESTIMATORS.index(kl_estimator) if beta != 0.0 else 0,
+        has_dual_clip=dual_clip is not None,
+        bias_correction=bias_correction,
+        low=low,
+        high=high,
+        delta=float("inf") if delta is None else delta,
+        dual_clip=1.0 if dual_clip is None else dual_clip,
+        beta=beta,
+        tau_pos=tau_pos,
+        tau_neg=tau_neg,
+        per_token=per_token.data_ptr(),
+        kept=_address(kept),
+        zero_std=_address(zero_std),
+        scalars=scalars.data_ptr(),
+        partials=partials.data_ptr(),
+        logps=logps.data_ptr(),
+        entropies=entropies.data_ptr(),
+        results=results.data_ptr(),
+    )
+    _check(error, "grpo_loss", logits)
+    return results, logps, entropies
+
+
+def selective_log_softmax_fwd(
+    logits: Tensor,
+    index: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``grpo_fast.kernels.selective_log_softmax.selective_log_softmax_fwd``."""
+    B, T, V = logits.shape
+    logps, shifts, totals = (logits.new_empty(B, T, dtype=torch.float32) for _ in range(3))
+    entropies = torch.empty_like(logps) if return_entropy else logps.new_empty(0)
+    device = logits.device.index
+    if B * T > 0:
+        error = _C.log_probs(
+            device=device,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+            rows=_rows(logits, None, index, temperature, logit_scale, softcap),
+            layout=layout(V * logits.element_size(), device, False),
+            kept=_address(mask),
+            logps=logps.data_ptr(),
+            entropies=entropies.data_ptr() if return_entropy else 0,
+            shifts=shifts.data_ptr(),
+            totals=totals.data_ptr(),
+        )
+        _check(error, "selective_log_softmax", logits)
+    return logps, entropies, shifts, totals
+
+
+def selective_log_softmax_bwd(
+    out: Tensor,
+    logits: Tensor,
+    index: Tensor,
+    mask: Tensor | None,
+    logps: Tensor,
+    entropies: Tensor,
+    shifts: Tensor,
+    totals: Tensor,
+    d_logps: Tensor,
+    d_entropies: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """As ``grpo_fast.kernels.selective_log_softmax.selective_log_softmax_bwd``."""
+    if index.numel() > 0:
+        error = _C.log_probs_gradient(
+            device=logits.device.index,
+            stream=torch.cuda.current_stream(logits.device).cuda_stream,
+            rows=_rows(logits, out, index, temperature, logit_scale, softcap),
+            kept=_address(mask),
+            logps=logps.data_ptr(),
+            entropies=entropies.data_ptr(),
+            shifts=shifts.data_ptr(),
+            totals=totals.data_ptr(),
+            d_logps=d_logps.data_ptr(),
+            d_entropies=_address(d_entropies),
+        )
+        _check(error, "selective_log_softmax", logits)
+
+
+def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
+    """As ``grpo_fast.kernels.scale_gradient.scale_gradient``."""
+    B, T, V = gradient.shape
+    if B * T > 0:
+        error = _C.scale_gradient(
+            device=gradient.device.index,
+            stream=torch.cuda.current_stream(gradient.device).cuda_stream,
+            gradient=_values(gradient),
+            strides=gradient.stride()[:2],
+            count=B * T,
+            T=T,
+            V=V,
+            factor=factor.float().data_ptr(),
+        )
+        _check(error, "scale_gradient", gradient)
+
+
+def _rows(
+    logits: Tensor, out: Tensor | None, ids: Tensor, temperature: float, logit_scale: float, softcap: float | None
+) -> _C.Rows:
+    options: dict[str, Any] = {"slope": logit_scale / temperature, "cap": 1.0, "cap_in": 1.0}
+    if softcap is not None:
+        options = {"slope": 1.0 / temperature, "cap": softcap, "cap_in": logit_scale / softcap}
+    return _C.Rows(
+        logits=_values(logits),
+        strides=logits.stride()[:2],
+        out=_values(out),
+        out_strides=(0, 0) if out is None else out.stride()[:2],
+        count=ids.numel(),
+        T=logits.size(1),
+        V=logits.size(2),
+        ids=_values(ids),
+        has_softcap=softcap is not None,
+        **options,
+    )
+
+
+def _values(x: Tensor | None) -> tuple[int, int]:
+    return NONE if x is None else (x.data_ptr(), DTYPES[x.dtype])
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _check(error: int, op: str, logits: Tensor) -> None:
+    if error != 0:
+        shape = f"logits {tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')} on {logits.device}"
+        raise RuntimeError(f"impl='cuda': {op} of {shape}: CUDA error {error}, {_C.error_string(error)}")
