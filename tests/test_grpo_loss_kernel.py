@@ -62,9 +62,9 @@ def run(logits: Tensor, inputs: dict[str, Any], impl: str, upstream: float = 1.0
     return out, torch.autograd.grad(out.loss * upstream, x)[0]
 
 
-def check(logits: Tensor, inputs: dict[str, Any]) -> tuple[GRPOLossOutput, Tensor]:
+def check(impl: str, logits: Tensor, inputs: dict[str, Any]) -> tuple[GRPOLossOutput, Tensor]:
     """Loss, log-probs, entropy, metrics and gradient are the reference's in float64."""
-    out, grad = run(logits, inputs, "triton", 1.7)
+    out, grad = run(logits, inputs, impl, 1.7)
     truth, true_grad = run(logits.double(), inputs, "torch", 1.7)
     for name in ("loss", "logps", "entropy"):
         torch.testing.assert_close(
@@ -88,7 +88,7 @@ LOGITS = rand(B, T, V, seed=15)
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_every_loss(loss_type: str, level: str) -> None:
+def test_every_loss(impl: str, loss_type: str, level: str) -> None:
     config = GRPOLossConfig(
         loss_type=loss_type,
         importance_sampling_level=level,
@@ -96,7 +96,7 @@ def test_every_loss(loss_type: str, level: str) -> None:
         entropy_coef=0.05,
         epsilon_high=1.2 if loss_type == "cispo" else 0.3,
     )
-    check(LOGITS, batch(config=config, temperature=1.3))
+    check(impl, LOGITS, batch(config=config, temperature=1.3))
 
 
 @pytest.mark.parametrize(
@@ -119,24 +119,24 @@ def test_every_loss(loss_type: str, level: str) -> None:
     ],
     ids=str,
 )
-def test_every_option(options: dict[str, Any]) -> None:
-    check(LOGITS, batch(config=GRPOLossConfig(**options)))
+def test_every_option(impl: str, options: dict[str, Any]) -> None:
+    check(impl, LOGITS, batch(config=GRPOLossConfig(**options)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [2, 7, 1_000, 40_009])
-def test_vocabularies_and_dtypes(vocabulary: int, dtype: torch.dtype) -> None:
+def test_vocabularies_and_dtypes(impl: str, vocabulary: int, dtype: torch.dtype) -> None:
     logits = rand(B, T, vocabulary, seed=1, scale=3.0).to(dtype)
-    check(logits, batch(vocabulary, config=GRPOLossConfig(beta=0.1), softcap=20.0, logit_scale=1.5))
+    check(impl, logits, batch(vocabulary, config=GRPOLossConfig(beta=0.1), softcap=20.0, logit_scale=1.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peaked_rows(dtype: torch.dtype) -> None:
+def test_peaked_rows(impl: str, dtype: torch.dtype) -> None:
     """Most rows nearly sure of their token: log-probs down to 1e-14, where 1 - p must not be a subtraction."""
     heights = torch.linspace(0, 40, B * T, device=DEVICE).view(B, T, 1)
     logits = LOGITS.scatter(-1, ids(B, T)[..., None], heights)
     inputs = given_advantages(rand(B, seed=5), completion_mask=None, old_logps=None, config=GRPOLossConfig())
-    _, grad = check(logits.to(dtype), inputs)
+    _, grad = check(impl, logits.to(dtype), inputs)
     _, truth = run(logits.to(dtype).double(), inputs, "torch", 1.7)
     at_token = [g.gather(-1, ids(B, T)[..., None]).double() for g in (grad, truth)]
     torch.testing.assert_close(*at_token, rtol=2e-3 + 4 * torch.finfo(dtype).eps, atol=1e-12)
@@ -169,18 +169,18 @@ def test_peaked_rows(dtype: torch.dtype) -> None:
     ],
     ids=lambda changes: ", ".join(changes),
 )
-def test_every_input(changes: dict[str, Any]) -> None:
-    check(LOGITS, batch(**changes))
+def test_every_input(impl: str, changes: dict[str, Any]) -> None:
+    check(impl, LOGITS, batch(**changes))
 
 
 @pytest.mark.parametrize("shape", [(B,), (B, 1), (B, T)])
-def test_advantages(shape: tuple[int, ...]) -> None:
-    check(LOGITS, given_advantages(rand(*shape, seed=8)))
+def test_advantages(impl: str, shape: tuple[int, ...]) -> None:
+    check(impl, LOGITS, given_advantages(rand(*shape, seed=8)))
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_packed(loss_type: str, masked: bool) -> None:
+def test_packed(impl: str, loss_type: str, masked: bool) -> None:
     """Sequences of lengths 5, 0, 7 and 6, and two rows of padding at the end."""
     per_token = {
         "completion_ids": ids(20),
@@ -191,11 +191,11 @@ def test_packed(loss_type: str, masked: bool) -> None:
         "cu_seqlens": torch.tensor([0, 5, 5, 12, 18], device=DEVICE),
     }
     config = GRPOLossConfig(beta=0.1, loss_type=loss_type, max_completion_length=6)
-    check(LOGITS.view(20, V), batch(**per_token, config=config))
+    check(impl, LOGITS.view(20, V), batch(**per_token, config=config))
 
 
 @pytest.mark.parametrize("kind", ["slice", "transposed", "one row", "no rows", "no tokens"])
-def test_layouts(kind: str) -> None:
+def test_layouts(impl: str, kind: str) -> None:
     base = rand(B, T + 4, V, seed=10)
     logits = {
         "slice": base[:, 3:-1],
@@ -205,10 +205,10 @@ def test_layouts(kind: str) -> None:
         "no tokens": base[:, :0],
     }[kind]
     b, t = logits.shape[:2]
-    check(logits, {"completion_ids": ids(b, t), "rewards": rand(b, seed=1), "group_size": 1 if b < B else 2})
+    check(impl, logits, {"completion_ids": ids(b, t), "rewards": rand(b, seed=1), "group_size": 1 if b < B else 2})
 
 
-def test_masked_rows_are_neither_read_nor_left_as_they_are() -> None:
+def test_masked_rows_are_neither_read_nor_left_as_they_are(impl: str) -> None:
     inputs = batch()
     dirty = {
         **inputs,
@@ -216,71 +216,71 @@ def test_masked_rows_are_neither_read_nor_left_as_they_are() -> None:
         "completion_ids": inputs["completion_ids"].masked_fill(~MASK, -100),
     }
     (out, grad), (same, same_grad) = (
-        run(LOGITS, inputs, "triton"),
-        run(LOGITS.masked_fill(~MASK[..., None], math.nan), dirty, "triton"),
+        run(LOGITS, inputs, impl),
+        run(LOGITS.masked_fill(~MASK[..., None], math.nan), dirty, impl),
     )
     assert torch.equal(out.loss, same.loss)
     assert torch.equal(grad, same_grad)
     assert not grad[~MASK].any()
 
 
-def test_what_is_wrong_stays_visible() -> None:
+def test_what_is_wrong_stays_visible(impl: str) -> None:
     logits = LOGITS.clone()
     logits[0, 1, 7] = math.nan
     inputs = batch()
-    out, grad = check(logits, inputs)
+    out, grad = check(impl, logits, inputs)
     assert out.loss.isnan()
     assert grad[0, 1].isnan().all()
     inputs["completion_ids"][2, 0] = V
-    out, grad = run(LOGITS, inputs, "triton")
+    out, grad = run(LOGITS, inputs, impl)
     assert out.loss.isnan()
     assert not grad[2, 0].any()
 
 
-def test_overwriting_the_logits() -> None:
-    _, expected = run(LOGITS, batch(), "triton", 3.0)
+def test_overwriting_the_logits(impl: str) -> None:
+    _, expected = run(LOGITS, batch(), impl, 3.0)
     leaf = LOGITS.clone().requires_grad_()
     inner = leaf * 1.0
     out = grad = None
-    out = grpo_loss(inner, **batch(), impl="triton", overwrite_logits=True)
+    out = grpo_loss(inner, **batch(), impl=impl, overwrite_logits=True)
     (grad,) = torch.autograd.grad(out.loss * 3.0, leaf)
     assert torch.equal(grad, expected)
     assert torch.equal(inner.detach(), expected)  # the buffer itself
     with torch.no_grad():  # nothing to compute, nothing overwritten
         kept = LOGITS.clone()
-        assert torch.equal(grpo_loss(kept, **batch(), impl="triton", overwrite_logits=True).loss, out.loss)
+        assert torch.equal(grpo_loss(kept, **batch(), impl=impl, overwrite_logits=True).loss, out.loss)
         assert torch.equal(kept, LOGITS)
 
 
-def test_logits_that_something_else_needs_are_not_overwritten_unseen() -> None:
+def test_logits_that_something_else_needs_are_not_overwritten_unseen(impl: str) -> None:
     leaf = LOGITS.clone().requires_grad_()
     inner = leaf.exp()  # its backward needs its result
-    out = grpo_loss(inner, **batch(), impl="triton", overwrite_logits=True)
+    out = grpo_loss(inner, **batch(), impl=impl, overwrite_logits=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.backward()
 
 
-def test_one_backward_only() -> None:
+def test_one_backward_only(impl: str) -> None:
     x = LOGITS.clone().requires_grad_()
-    loss = grpo_loss(x, **batch(), impl="triton").loss
+    loss = grpo_loss(x, **batch(), impl=impl).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_repeatable() -> None:
+def test_repeatable(impl: str) -> None:
     inputs = batch(config=GRPOLossConfig(beta=0.1, entropy_coef=0.01))
-    (first, grad), (second, same) = (run(LOGITS, inputs, "triton") for _ in range(2))
+    (first, grad), (second, same) = (run(LOGITS, inputs, impl) for _ in range(2))
     assert torch.equal(grad, same)
     assert torch.equal(first.loss, second.loss)
     assert all(torch.equal(first.metrics[name], second.metrics[name]) for name in first.metrics)
 
 
-def test_compiles_without_a_graph_break() -> None:
+def test_compiles_without_a_graph_break(impl: str) -> None:
     inputs = batch(config=GRPOLossConfig(beta=0.1))
 
     def value(x: Tensor) -> Tensor:
-        return grpo_loss(x, **inputs, impl="triton").loss * 2.0
+        return grpo_loss(x, **inputs, impl=impl).loss * 2.0
 
     grads = []
     for fn in (value, torch.compile(value, fullgraph=True, backend="aot_eager")):
@@ -289,7 +289,7 @@ def test_compiles_without_a_graph_break() -> None:
     assert torch.equal(*grads)
 
 
-def test_the_registered_op() -> None:
+def test_the_registered_op(impl: str) -> None:
     """Schema and fake implementation, by torch's own checker."""
     seen = []
     original = op._grpo_loss
@@ -300,7 +300,7 @@ def test_the_registered_op() -> None:
 
     op._grpo_loss = spy
     try:
-        run(LOGITS, batch(), "triton")
+        run(LOGITS, batch(), impl)
     finally:
         op._grpo_loss = original
     torch.library.opcheck(original, *seen[0])
@@ -324,18 +324,18 @@ def test_compiles_with_inductor_and_picks_the_kernel_itself() -> None:
 
 
 @on_gpu
-def test_in_a_cuda_graph() -> None:
+def test_in_a_cuda_graph(impl: str) -> None:
     x, inputs = LOGITS.clone().requires_grad_(), batch()
-    run(LOGITS, inputs, "triton")  # compiled before the capture
+    run(LOGITS, inputs, impl)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = grpo_loss(x, **inputs).loss
+        loss = grpo_loss(x, **inputs, impl=impl).loss
         (grad,) = torch.autograd.grad(loss, x)
     for seed in (31, 32):
         with torch.no_grad():
             x.copy_(rand(B, T, V, seed=seed))
         graph.replay()
-        out, expected = run(x, inputs, "triton")
+        out, expected = run(x, inputs, impl)
         assert torch.equal(loss, out.loss)
         assert torch.equal(grad, expected)
 
@@ -375,14 +375,14 @@ def test_nothing_recompiles() -> None:
 
 @on_gpu
 @pytest.mark.parametrize(("rows", "vocabulary"), [(70_000, 320), (3, 1_000_000)])
-def test_many_tokens_and_many_words(rows: int, vocabulary: int) -> None:
+def test_many_tokens_and_many_words(impl: str, rows: int, vocabulary: int) -> None:
     logits = torch.randn(1, rows, vocabulary, device="cuda")
     index = torch.randint(0, vocabulary, (1, rows), device="cuda")
-    check(logits, {"completion_ids": index, "advantages": torch.ones(1, device="cuda")})
+    check(impl, logits, {"completion_ids": index, "advantages": torch.ones(1, device="cuda")})
 
 
 @on_gpu
-def test_more_than_2_31_elements() -> None:
+def test_more_than_2_31_elements(impl: str) -> None:
     rows, vocabulary = 2**14 + 1, 2**17
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of free GPU memory")
@@ -391,7 +391,8 @@ def test_more_than_2_31_elements() -> None:
     index = torch.zeros(1, rows, dtype=torch.int64, device="cuda")
     index[0, -1] = vocabulary - 1
     logits.requires_grad_()
-    out = grpo_loss(logits, index, advantages=torch.ones(1, device="cuda"), config=GRPOLossConfig(loss_type="luspo"))
+    config = GRPOLossConfig(loss_type="luspo")
+    out = grpo_loss(logits, index, advantages=torch.ones(1, device="cuda"), config=config, impl=impl)
     (grad,) = torch.autograd.grad(out.loss, logits)
     truth = torch.log_softmax(logits.detach()[0, -2:].double(), -1)
     torch.testing.assert_close(

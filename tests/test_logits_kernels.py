@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from grpo_fast import selective_log_softmax
+from grpo_fast.ops._library import launchers
 from grpo_fast.ops.selective_log_softmax import _selective_log_softmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,9 +55,9 @@ def results(
     return tuple(y.detach().double() for y in (logps, h, grad))
 
 
-def check(logits: Tensor, index: Tensor, **options: Any) -> None:
+def check(impl: str, logits: Tensor, index: Tensor, **options: Any) -> None:
     """The kernel's error against float64 is at most that of torch in the same precision, plus a little."""
-    got = results(logits, index, "triton", **options)
+    got = results(logits, index, impl, **options)
     own = results(logits, index, "torch", **options)
     truth = results(logits.double(), index, "torch", **options)
     for name, x, y, z, floor in zip(("logps", "entropy", "grad"), got, own, truth, (1e-5, 1e-5, 0.0), strict=True):
@@ -76,9 +77,9 @@ def check(logits: Tensor, index: Tensor, **options: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [2, 3, 64, 1_000, 4_099, 40_009])
-def test_odd_vocabularies(vocabulary: int, dtype: torch.dtype) -> None:
+def test_odd_vocabularies(impl: str, vocabulary: int, dtype: torch.dtype) -> None:
     logits = rand(B, T, vocabulary, seed=1, scale=4.0).to(dtype)
-    check(logits, ids(B, T, vocabulary=vocabulary))
+    check(impl, logits, ids(B, T, vocabulary=vocabulary))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,23 +94,23 @@ def test_odd_vocabularies(vocabulary: int, dtype: torch.dtype) -> None:
     ],
     ids=str,
 )
-def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
-    check(rand(B, T, 517, seed=2, scale=8.0).to(dtype), ids(B, T, vocabulary=517), **options)
+def test_options(impl: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    check(impl, rand(B, T, 517, seed=2, scale=8.0).to(dtype), ids(B, T, vocabulary=517), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peaked_rows(dtype: torch.dtype) -> None:
+def test_peaked_rows(impl: str, dtype: torch.dtype) -> None:
     logits, index = peaked(2, 24, 3_001, seed=4)
-    check(logits.to(dtype), index)
+    check(impl, logits.to(dtype), index)
 
 
-def test_a_sure_token_keeps_its_gradient() -> None:
+def test_a_sure_token_keeps_its_gradient(impl: str) -> None:
     """1 - p is far below the rounding of p, in float64 even: log-prob and gradient are still right to five digits."""
     heights = torch.tensor([25.0, 30.0, 35.0], device=DEVICE)
     logits, index = torch.zeros(3, 1_000, device=DEVICE), torch.tensor([0, 500, 999], device=DEVICE)
     logits[torch.arange(3), index] = heights
     x = logits.requires_grad_()
-    logps = selective_log_softmax(x, index, impl="triton")
+    logps = selective_log_softmax(x, index, impl=impl)
     assert isinstance(logps, Tensor)
     (grad,) = torch.autograd.grad(logps.sum(), x)
     odds = 999 * torch.exp(-heights.double())  # of any other token
@@ -118,56 +119,54 @@ def test_a_sure_token_keeps_its_gradient() -> None:
     torch.testing.assert_close(grad[:, 1].double(), -odds / 999 / (1 + odds), rtol=1e-5, atol=0.0)
 
 
-def test_log_probs_are_those_of_float64() -> None:
+def test_log_probs_are_those_of_float64(impl: str) -> None:
     logits = rand(4, 16, 10_007, seed=5, scale=10.0)
-    logps, entropy, _ = results(logits, index := ids(4, 16, vocabulary=10_007), "triton")
+    logps, entropy, _ = results(logits, index := ids(4, 16, vocabulary=10_007), impl)
     truth = results(logits.double(), index, "torch")
     torch.testing.assert_close(logps, truth[0], rtol=0.0, atol=1e-5)
     torch.testing.assert_close(entropy, truth[1], rtol=0.0, atol=1e-5)
 
 
-def test_a_far_maximum() -> None:
+def test_a_far_maximum(impl: str) -> None:
     """The largest logit is far above the sampled one and above the first tile, whose maximum exponents start from."""
     logits, index = rand(1, 4, 70_001, seed=20), ids(1, 4, vocabulary=100)
     logits[..., 60_000] = torch.tensor([20.0, 60.0, 200.0, 3e4], device=DEVICE)
-    check(logits, index)
+    check(impl, logits, index)
 
 
-def test_masked_rows_are_not_read() -> None:
+def test_masked_rows_are_not_read(impl: str) -> None:
     logits, index = rand(B, T, 333, seed=6), ids(B, T, vocabulary=333)
     mask = torch.arange(T, device=DEVICE) < torch.tensor([4, 0, 2], device=DEVICE)[:, None]
-    clean = results(logits, index, "triton", mask=mask)
-    dirty = results(
-        logits.masked_fill(~mask[..., None], torch.nan), index.masked_fill(~mask, -100), "triton", mask=mask
-    )
+    clean = results(logits, index, impl, mask=mask)
+    dirty = results(logits.masked_fill(~mask[..., None], torch.nan), index.masked_fill(~mask, -100), impl, mask=mask)
     assert all(torch.equal(x, y) for x, y in zip(clean, dirty, strict=True))
     assert not clean[0][~mask].any()
     assert not clean[2][~mask].any()
-    check(logits, index, mask=mask)
-    check(logits, index, mask=torch.zeros_like(mask))
+    check(impl, logits, index, mask=mask)
+    check(impl, logits, index, mask=torch.zeros_like(mask))
 
 
-def test_banned_tokens() -> None:
+def test_banned_tokens(impl: str) -> None:
     """-inf is a token of probability 0: no NaN, no gradient; a whole block of them too."""
     logits, index = rand(B, T, 9_000, seed=7), ids(B, T, vocabulary=100) + 8_800
     logits[..., :8_500] = -torch.inf
     logits[0, 0, 8_900:] = -torch.inf
     index[0, 0] = 8_600
-    check(logits, index)
-    assert not results(logits, index, "triton")[2][..., :8_500].any()
+    check(impl, logits, index)
+    assert not results(logits, index, impl)[2][..., :8_500].any()
 
 
-def test_what_is_wrong_stays_visible() -> None:
+def test_what_is_wrong_stays_visible(impl: str) -> None:
     logits, index = rand(1, 4, 50, seed=8), torch.tensor([[3, -1, 50, 7]], device=DEVICE)
     logits[0, 3, 20] = torch.nan
-    logps, entropy, grad = results(logits, index, "triton", entropy=False)
+    logps, entropy, grad = results(logits, index, impl, entropy=False)
     assert logps.isnan().tolist() == [[False, True, True, True]]
     assert entropy.isnan().tolist() == [[False, False, False, True]]
     assert grad.isfinite()[0, :3].all()
 
 
 @pytest.mark.parametrize("kind", ["slice", "transposed", "one row", "vector", "four dimensions", "empty"])
-def test_layouts(kind: str) -> None:
+def test_layouts(impl: str, kind: str) -> None:
     base = rand(4, 9, 65, seed=10)
     logits = {
         "slice": base[:, 3:-1],
@@ -177,13 +176,12 @@ def test_layouts(kind: str) -> None:
         "four dimensions": base.view(2, 2, 9, 65),
         "empty": base[:0],
     }[kind]
-    check(logits, ids(*logits.shape[:-1], vocabulary=65))
+    check(impl, logits, ids(*logits.shape[:-1], vocabulary=65))
 
 
-def test_no_copy_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_copy_of_a_slice(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel gets the caller's own storage."""
-    from grpo_fast.kernels import selective_log_softmax as kernels
-
+    kernels = launchers("selective_log_softmax", impl)
     seen = []
     original = kernels.selective_log_softmax_fwd
 
@@ -193,16 +191,16 @@ def test_no_copy_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernels, "selective_log_softmax_fwd", spy)
     base = rand(2, 6, 33, seed=11)
-    selective_log_softmax(base[:, 2:-1], ids(2, 3, vocabulary=33), impl="triton")
+    selective_log_softmax(base[:, 2:-1], ids(2, 3, vocabulary=33), impl=impl)
     assert seen == [base.untyped_storage().data_ptr()]
 
 
-def test_overwriting_the_logits() -> None:
+def test_overwriting_the_logits(impl: str) -> None:
     logits, index = rand(B, T, 129, seed=12), ids(B, T, vocabulary=129)
-    expected = results(logits, index, "triton", entropy=False)[2]
+    expected = results(logits, index, impl, entropy=False)[2]
     leaf = logits.clone().requires_grad_()
     inner = leaf * 1.0
-    logps = selective_log_softmax(inner, index, impl="triton", overwrite_logits=True)
+    logps = selective_log_softmax(inner, index, impl=impl, overwrite_logits=True)
     value = (rand(B, T, seed=3) * logps).sum()
     (grad,) = torch.autograd.grad(value, leaf, retain_graph=True)
     assert torch.equal(grad.double(), expected)
@@ -211,21 +209,21 @@ def test_overwriting_the_logits() -> None:
         value.backward()
 
 
-def test_repeatable() -> None:
+def test_repeatable(impl: str) -> None:
     logits, index = rand(B, T, 5_003, seed=13, scale=5.0), ids(B, T, vocabulary=5_003)
-    first, second = (results(logits, index, "triton") for _ in range(2))
+    first, second = (results(logits, index, impl) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_registered_op(masked: bool) -> None:
+def test_the_registered_op(impl: str, masked: bool) -> None:
     """Schema, fake implementation and autograd registration, by torch's own checker."""
     mask = torch.ones(B, T, dtype=torch.bool, device=DEVICE) if masked else None
     logits = rand(B, T, 40, seed=14).requires_grad_()
-    arguments = (logits, ids(B, T, vocabulary=40), mask, 1.0, 1.0, None, True, False)
+    arguments = (logits, ids(B, T, vocabulary=40), mask, 1.0, 1.0, None, True, False, impl)
     torch.library.opcheck(_selective_log_softmax, arguments)
 
 
-def test_float64_is_refused_by_name() -> None:
-    with pytest.raises(RuntimeError, match="impl='triton': computes in float32, got float64"):
-        selective_log_softmax(torch.zeros(2, 5, device=DEVICE).double(), ids(2, vocabulary=5), impl="triton")
+def test_float64_is_refused_by_name(impl: str) -> None:
+    with pytest.raises(RuntimeError, match=f"impl='{impl}': computes in float32, got float64"):
+        selective_log_softmax(torch.zeros(2, 5, device=DEVICE).double(), ids(2, vocabulary=5), impl=impl)

@@ -1,0 +1,59 @@
+"""A small run of every CUDA kernel, to be watched by compute-sanitizer on a machine with a GPU:
+
+for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $tool python tests/sanitize.py; done
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
+
+B, T = 2, 3
+# A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice.
+VOCABULARIES = {
+    torch.bfloat16: (7, 32_000, 80_000, 151_936, 151_937),
+    torch.float16: (1_003,),
+    torch.float32: (151_936, 1_000_001),
+}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype, vocabularies in VOCABULARIES.items():
+        for vocabulary in vocabularies:
+            logits = torch.randn(B, T, vocabulary, device="cuda").to(dtype)
+            ids = torch.randint(0, vocabulary, (B, T), device="cuda")
+            mask = torch.tensor([[1, 1, 1], [1, 0, 1]], device="cuda")
+            batch: dict[str, Any] = {
+                "completion_ids": ids,
+                "completion_mask": mask,
+                "rewards": torch.tensor([0.0, 1.0], device="cuda"),
+                "group_size": 2,
+                "impl": "cuda",
+            }
+            for softcap, entropy_coef in ((None, 0.0), (30.0, 0.1)):
+                config = GRPOLossConfig(loss_type="grpo", entropy_coef=entropy_coef)
+                for overwrite in (False, True):
+                    x = logits.clone().requires_grad_()
+                    loss = grpo_loss(
+                        x * 1.0, **batch, softcap=softcap, config=config, overwrite_logits=overwrite
+                    ).loss
+                    (loss * 2.0).backward()
+                    assert x.grad is not None
+                    assert x.grad.isfinite().all()
+                with torch.no_grad():
+                    assert torch.equal(grpo_loss(logits, **batch, softcap=softcap, config=config).loss, loss)
+                x = logits.clone().requires_grad_()
+                results = selective_log_softmax(x, ids, mask=mask, softcap=softcap, return_entropy=True, impl="cuda")
+                torch.stack(list(results)).sum().backward()
+                assert x.grad is not None
+                assert x.grad.isfinite().all()
+    torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

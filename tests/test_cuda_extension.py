@@ -1,0 +1,195 @@
+"""The extension itself: what it refuses without a GPU, and what only its kernels do. The ops' tests have the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from grpo_fast import backend
+
+if backend.EXTENSION is None:
+    pytest.skip(backend.WHY_NO_EXTENSION, allow_module_level=True)
+
+import torch
+
+from grpo_fast import _C, cuda
+
+FLOAT32, BFLOAT16, FLOAT64, INT64 = (
+    cuda.DTYPES[d] for d in (torch.float32, torch.bfloat16, torch.float64, torch.int64)
+)
+ROWS: dict[str, Any] = {
+    "logits": (64, FLOAT32),
+    "strides": (50, 10),
+    "out": (64, FLOAT32),
+    "out_strides": (50, 10),
+    "count": 5,
+    "T": 5,
+    "V": 10,
+    "ids": (64, INT64),
+    "has_softcap": False,
+    "slope": 1.0,
+    "cap": 1.0,
+    "cap_in": 1.0,
+}
+NONE = (0, 0)
+SHARED_MEMORY = 233_472  # of an SM of a Hopper GPU
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": (64, FLOAT64)}, r"logits' dtype: got 3, want 0 \(float32\), 1 \(bfloat16\) or 2"),
+        ({"logits": (64, 8)}, "dtype: got 8, want 0 to 7"),
+        ({"logits": (64, -1)}, "dtype: got -1, want 0 to 7"),
+        ({"logits": (64, BFLOAT16)}, "out's dtype: got 0, want that of the logits, or a half precision for float32"),
+        ({"out": (64, INT64)}, "out's dtype: got 7, want that of the logits"),
+        ({"ids": (64, FLOAT32)}, r"ids' dtype: got 0, want 6 \(int32\) or 7 \(int64\)"),
+        ({"count": -1}, "count: got -1, want 0 or more rows"),
+        ({"T": 0}, "T: got 0, want 1 or more"),
+        ({"V": 1}, "V: got 1, want 2 or more"),
+    ],
+    ids=str,
+)
+def test_rows(changes: dict[str, Any], message: str) -> None:
+    _C.Rows(**ROWS)
+    with pytest.raises(ValueError, match=message):
+        _C.Rows(**{**ROWS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, 16, 4), "cluster: got 3, want 1, 2, 4, 8 or 16 blocks"),
+        ((2, 19, 4), "consumers: got 19, want 1 to 18 warps"),
+        ((2, 0, 4), "consumers: got 0, want 1 to 18 warps"),
+        ((2, 16, 0), "stages: got 0, want 1 or more"),
+    ],
+)
+def test_layout(arguments: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _C.Layout(*arguments)
+
+
+@pytest.mark.parametrize("changes", [{"logits": 64}, {"logits": None}, {"V": 2**40}, {"strides": (1, 2, 3)}], ids=str)
+def test_wrong_types(changes: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="incompatible constructor arguments"):
+        _C.Rows(**{**ROWS, **changes})
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("cluster", cuda.CLUSTERS)
+def test_the_layouts_fit_and_waste_nothing(cluster: int, blocks: int) -> None:
+    found = cuda._fill(SHARED_MEMORY, blocks, cluster)
+    room = SHARED_MEMORY // blocks - cuda.RESERVED
+    assert found.shared_bytes <= room < _C.Layout(cluster, found.consumers, found.stages + 1).shared_bytes
+    assert found.consumers * blocks == cuda.CONSUMERS
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "itemsize", "cluster", "consumers"),
+    [
+        (2, 2, 1, 8),
+        (32_000, 2, 1, 8),
+        (49_152, 2, 1, 8),
+        (128_256, 2, 2, 16),
+        (151_936, 2, 2, 16),
+        (262_144, 2, 4, 16),
+    ]
+    + [(151_936, 4, 4, 16), (262_144, 4, 8, 16), (1_000_000, 2, 16, 16), (1_000_000, 4, 16, 16)],
+)
+def test_the_rule(
+    monkeypatch: pytest.MonkeyPatch, vocabulary: int, itemsize: int, cluster: int, consumers: int
+) -> None:
+    """On a Hopper GPU, which is only described here."""
+
+    class Gpu:
+        shared_memory_per_multiprocessor = SHARED_MEMORY
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
+    cuda.layout.cache_clear()
+    found = cuda.layout(vocabulary * itemsize, 0, True)
+    assert (found.cluster, found.consumers) == (cluster, consumers)
+    assert cuda.stays(vocabulary * itemsize, 0) == (vocabulary * itemsize < 3_500_000)
+    assert cuda.layout(vocabulary * itemsize, 0, False).cluster == 1
+    cuda.layout.cache_clear()
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def launch(out: torch.Tensor | None, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs of the policy gradient's simplest loss: the sum of -advantage * ratio, advantages 1 to B."""
+    _, logps, _ = cuda.grpo_loss_fwd(
+        out,
+        logits,
+        ids,
+        None,
+        None,
+        torch.arange(1.0, logits.size(0) + 1, device="cuda"),
+        *[None] * 7,
+        group_size=1,
+        divisor=1.0,
+        term="clipped",
+        reduction="constant",
+        low=0.8,
+        high=1.2,
+        delta=None,
+        dual_clip=None,
+        beta=0.0,
+        kl_estimator="k3",
+        bias_correction=False,
+        tau_pos=1.0,
+        tau_neg=1.0,
+        entropy_coef=0.0,
+        scale_rewards="none",
+        temperature=1.0,
+        logit_scale=1.0,
+        softcap=None,
+    )
+    return logps
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [5, 1_003, 151_936, 151_939])
+def test_a_half_precision_gradient_over_float32_logits(vocabulary: int, dtype: torch.dtype) -> None:
+    """In memory of its own, and in that of the logits, where each row's gradient takes the row's first half."""
+    shape = (3, 70, vocabulary)
+    logits, ids = torch.randn(shape, device="cuda") * 3, torch.randint(0, vocabulary, shape[:2], device="cuda")
+    truth = torch.softmax(logits.double(), -1) - torch.nn.functional.one_hot(ids, vocabulary)
+    truth *= torch.arange(1.0, 4.0, device="cuda", dtype=torch.float64)[:, None, None]
+    apart = torch.full(shape, torch.nan, device="cuda", dtype=dtype)
+    logps = launch(apart, logits, ids)
+    assert (apart.double() - truth).norm() <= (torch.finfo(dtype).eps / 2 + 1e-5) * truth.norm()
+    inside = logits.view(dtype)[..., :vocabulary]
+    assert torch.equal(launch(inside, logits, ids), logps)
+    assert torch.equal(inside, apart)
+
+
+@on_gpu
+def test_a_row_that_does_not_stay_is_not_overwritten_by_another_dtype() -> None:
+    logits, ids = torch.randn(1, 2, 1_000_000, device="cuda"), torch.zeros(1, 2, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match="out: got the logits' memory with rows of 4000000 bytes, want"):
+        launch(logits.view(torch.bfloat16)[..., :1_000_000], logits, ids)
+
+
+@on_gpu
+def test_a_launch_that_fails_says_what_it_was_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block with more shared memory than there is."""
+    logits, ids = torch.randn(1, 2, 100, device="cuda"), torch.zeros(1, 2, dtype=torch.int64, device="cuda")
+    monkeypatch.setattr(cuda, "layout", lambda *_: _C.Layout(1, 16, 60))
+    message = r"impl='cuda': grpo_loss of logits \(1, 2, 100\) float32 on cuda:0: CUDA error \d+, "
+    with pytest.raises(RuntimeError, match=message):
+        launch(torch.empty_like(logits), logits, ids)
+    monkeypatch.undo()
+    assert launch(torch.empty_like(logits), logits, ids).isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_cuda_says_so() -> None:
+    arguments = dict.fromkeys(("logps", "entropies", "shifts", "totals"), 64)
+    error = _C.log_probs(device=0, stream=0, rows=_C.Rows(**ROWS), layout=_C.Layout(1, 8, 4), kept=0, **arguments)
+    assert error != 0
+    with pytest.raises(RuntimeError, match=r"impl='cuda': grpo_loss of logits \(2, 3\) float32 on cpu: CUDA error"):
+        cuda._check(error, "grpo_loss", torch.zeros(2, 3))
