@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from grpo_fast.reference import logps_and_entropy_ref
 
 CONFIG = GRPOLossConfig(beta=0.04, use_bias_correction_kl=False)  # what every peer can compute
 ROWS = (64, 512, 2048, 8192, 32768, 65536)
-SIZES = [f"{rows}x151936" for rows in ROWS] + ["8192x32000", "8192x128256", "8192x262144"]
+VOCABULARIES = (32000, 49152, 128256, 151937, 262144)
+SIZES = [f"{rows}x151936" for rows in ROWS] + [f"8192x{vocabulary}" for vocabulary in VOCABULARIES]
 CHECKED_ROWS = 64
 # The providers that make a float32 copy of the logits, or several, are not asked at larger sizes.
 EAGER_ELEMENTS = 8192 * 151936
@@ -69,12 +71,8 @@ class Inputs:
 # Providers: each a function of the inputs that returns log-probs, or (loss, gradient) ----------------------------
 
 
-def logps_ours(x: Inputs) -> Any:
-    return selective_log_softmax(x.tokens, x.ids)
-
-
-def logps_entropy_ours(x: Inputs) -> Any:
-    return selective_log_softmax(x.tokens, x.ids, return_entropy=True)[0]
+def logps_ours(x: Inputs, impl: str) -> Any:
+    return selective_log_softmax(x.tokens, x.ids, return_entropy=True, impl=impl)[0]
 
 
 def logps_entropy_reference(x: Inputs) -> Any:
@@ -122,12 +120,8 @@ def _with_gradient(loss: Callable[[Tensor], Tensor], leaf: Tensor) -> tuple[Tens
     return value.detach(), gradient
 
 
-def grpo_ours_in_place(x: Inputs) -> Any:
-    return _with_gradient(lambda z: _grpo(x, z, overwrite_logits=True), x.tokens)
-
-
-def grpo_ours(x: Inputs) -> Any:
-    return _with_gradient(lambda z: _grpo(x, z), x.tokens)
+def grpo_ours(x: Inputs, impl: str, in_place: bool) -> Any:
+    return _with_gradient(lambda z: _grpo(x, z, impl=impl, overwrite_logits=in_place), x.tokens)
 
 
 def grpo_reference(x: Inputs) -> Any:
@@ -199,8 +193,8 @@ class Provider:
 
 TASKS = {
     "log-probs": (
-        Provider("grpo_fast", logps_ours),
-        Provider("grpo_fast + entropy", logps_entropy_ours),
+        Provider("grpo_fast CUDA + entropy", partial(logps_ours, impl="cuda")),
+        Provider("grpo_fast Triton + entropy", partial(logps_ours, impl="triton")),
         Provider("Liger", logps_liger),
         Provider("TRL + entropy", logps_entropy_trl),
         Provider("quack", logps_quack),
@@ -208,8 +202,9 @@ TASKS = {
         Provider("grpo_fast's reference + entropy", logps_entropy_reference, copies=True),
     ),
     "loss + gradient": (
-        Provider("grpo_fast in place", grpo_ours_in_place, overwrites=True),
-        Provider("grpo_fast", grpo_ours),
+        Provider("grpo_fast CUDA in place", partial(grpo_ours, impl="cuda", in_place=True), overwrites=True),
+        Provider("grpo_fast CUDA", partial(grpo_ours, impl="cuda", in_place=False)),
+        Provider("grpo_fast Triton in place", partial(grpo_ours, impl="triton", in_place=True), overwrites=True),
         Provider("Liger in place", grpo_liger_in_place, overwrites=True),
         Provider("TRL log-probs + torch loss", grpo_trl),
         Provider("torch.compile", grpo_compiled, copies=True),
@@ -289,7 +284,7 @@ def measure_one(
         record["peak_bytes"] = peak_memory(run)
         record |= timer(run, restore if provider.overwrites else None)
     except ImportError as e:
-        record["skipped"] = f"not installed: {e.name}"
+        record["skipped"] = f"not installed: {e.name or e}"
     except torch.OutOfMemoryError:
         record["skipped"] = "out of memory"
     except Exception as e:  # a peer's failure is a result too
@@ -300,14 +295,14 @@ def measure_one(
     return record
 
 
-def small_batch(timer: Timer) -> dict[str, float]:
+def small_batch(timer: Timer, impl: str) -> dict[str, float]:
     """64 rows: what a call takes on the host and in a CUDA graph."""
     torch.manual_seed(0)
     x = Inputs.random(64, 151936, torch.bfloat16)
     leaf = x.tokens.contiguous().requires_grad_()
 
     def step() -> None:
-        torch.autograd.grad(_grpo(x, leaf), leaf)
+        torch.autograd.grad(_grpo(x, leaf, impl=impl), leaf)
 
     times = {"eager_wall_ms": timer.wall(step)}
     graph = torch.cuda.CUDAGraph()
@@ -385,8 +380,9 @@ def main() -> None:
         torch.cuda.empty_cache()
         if args.out is not None:
             write_json(args.out, {"environment": where, "dtype": args.dtype, "records": records})
-    small = small_batch(timer)
-    print("\n64 rows:", " ".join(f"{name} {value:.4f}" for name, value in small.items()))
+    small = {impl: small_batch(timer, impl) for impl in ("cuda", "triton")}
+    for impl, times in small.items():
+        print(f"\n64 rows, {impl}:", " ".join(f"{name} {value:.4f}" for name, value in times.items()))
     if args.out is not None:
         write_json(args.out, {"environment": where, "dtype": args.dtype, "records": records, "small_batch": small})
 
