@@ -95,10 +95,15 @@ def logps_entropy_trl(x: Inputs) -> Any:
     return selective_log_softmax_and_entropy(x.tokens, x.ids)[0]
 
 
+def _rows(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Logits as rows and a token each, without a copy: those of the position that nothing asks for are there too."""
+    return x.logits.flatten(0, 1), torch.nn.functional.pad(x.ids, (0, 1)).flatten()
+
+
 def logps_quack(x: Inputs) -> Any:
     from quack.cross_entropy import cross_entropy_fwd
 
-    return -cross_entropy_fwd(x.tokens.flatten(0, 1), x.ids.flatten()).view(x.ids.shape)
+    return -cross_entropy_fwd(*_rows(x)).view(x.logits.shape[:2])[:, :-1]
 
 
 def _grpo(x: Inputs, logits: Tensor, **options: Any) -> Tensor:
@@ -178,7 +183,7 @@ def cross_entropy_quack(x: Inputs) -> Any:
     """Not GRPO: the plain cross entropy with its gradient, in one pass. What that pass costs at its simplest."""
     from quack.cross_entropy import cross_entropy_fwd
 
-    loss, gradient = cross_entropy_fwd(x.tokens.flatten(0, 1), x.ids.flatten(), return_dx=True)
+    loss, gradient = cross_entropy_fwd(*_rows(x), return_dx=True)
     return loss.sum(), gradient
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from grpo_fast import selective_log_softmax
-from grpo_fast.ops._library import launchers
+from grpo_fast.ops._library import gradient_buffer, launchers
 from grpo_fast.ops.selective_log_softmax import _selective_log_softmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,6 +193,23 @@ def test_no_copy_of_a_slice(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = rand(2, 6, 33, seed=11)
     selective_log_softmax(base[:, 2:-1], ids(2, 3, vocabulary=33), impl=impl)
     assert seen == [base.untyped_storage().data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [33, 40])
+def test_a_gradient_lies_as_its_logits_do(vocabulary: int, dtype: torch.dtype) -> None:
+    """Each of its rows is as far off a multiple of 16 bytes, whatever slice of whatever buffer they are."""
+    base = torch.zeros(3, 9, vocabulary, dtype=dtype, device=DEVICE)
+    for logits in (base, base[:, 2:-1], base[1:, :1], base.transpose(0, 1), base[..., 1:], base[..., ::2], base[:0]):
+        buffer = gradient_buffer(logits)
+        assert buffer.shape == logits.shape
+        assert buffer.dtype == dtype
+        assert (
+            buffer.untyped_storage().nbytes() <= (logits.numel() + 8 * (sum(logits.shape[:2]) + 1)) * dtype.itemsize
+        )
+        if logits.stride(-1) == 1:
+            for b, t in ((b, t) for b in range(logits.size(0)) for t in range(logits.size(1))):
+                assert (buffer[b, t].data_ptr() - logits[b, t].data_ptr()) % 16 == 0
 
 
 def test_overwriting_the_logits(impl: str) -> None:

@@ -36,6 +36,22 @@ def launchers(op: str, impl: str) -> ModuleType:
     return importlib.import_module("grpo_fast.cuda" if impl == "cuda" else f"grpo_fast.kernels.{op}")
 
 
+def gradient_buffer(x: Tensor) -> Tensor:
+    """An uninitialized tensor for the gradient of ``x`` (B, T, V), in whose memory rows lie as they do in ``x``.
+
+    That is, each begins as far off a multiple of 16 bytes, so that a kernel writes as many bytes at once as it reads.
+    For logits that are contiguous, or whose rows begin at such multiples, it is what ``torch.empty_like`` gives.
+    """
+    unit = 16 // x.element_size()
+    if torch.compiler.is_compiling() or x.stride(-1) != 1 or (x.is_contiguous() and x.storage_offset() % unit == 0):
+        return torch.empty_like(x)
+    offset = x.storage_offset() % unit
+    B, T, V = x.shape
+    stride_t = V + (x.stride(1) - V) % unit
+    stride_b = T * stride_t + (x.stride(0) - T * stride_t) % unit
+    return x.new_empty(offset + B * stride_b).as_strided((B, T, V), (stride_b, stride_t, 1), offset)
+
+
 def overwritten(x: Tensor) -> None:
     """Tell autograd that such an op has overwritten ``x``, so that what was saved of it is not used unseen."""
     if not torch.compiler.is_compiling():  # there the compiler sees it in the schema

@@ -11,7 +11,7 @@ from grpo_fast import backend
 from grpo_fast.config import CLIPPED_LOSSES, GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_logits_options, check_vocabulary
 from grpo_fast.ops._known_gradient import KnownGradientFunction
-from grpo_fast.ops._library import launchers, mutating_op, overwritten
+from grpo_fast.ops._library import gradient_buffer, launchers, mutating_op, overwritten
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
 from grpo_fast.ops.selective_log_softmax import fused_logps_and_entropy
 from grpo_fast.reference import accumulation_dtype, logps_and_entropy_ref
@@ -179,7 +179,7 @@ def _fused(
         rewards = None
     needs_gradient = logits.requires_grad and torch.is_grad_enabled()
     source = rows.detach()
-    gradient = (source if overwrite_logits else torch.empty_like(source)) if needs_gradient else None
+    gradient = (source if overwrite_logits else gradient_buffer(source)) if needs_gradient else None
     low, high = 1.0 - c.epsilon_low, 1.0 + c.clip_high
     if c.loss_type == "cispo" and c.cispo_bounds == "absolute":
         low, high = 0.0, c.clip_high

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
-from grpo_fast.ops._library import launchers
+from grpo_fast.ops._library import gradient_buffer, launchers
 from grpo_fast.reference import logps_and_entropy_ref
 
 
@@ -172,7 +172,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     logits, index, mask, logps, entropy, shifts, totals = ctx.saved_tensors
-    out = logits.detach() if ctx.overwrite else torch.empty_like(logits)
+    out = logits.detach() if ctx.overwrite else gradient_buffer(logits)
     _selective_log_softmax_backward(
         out,
         None if ctx.overwrite else logits,
