@@ -1,5 +1,7 @@
 """The token-level GRPO loss over logits: one launch for loss terms and gradient, a small one for the sums.
 
+``grpo_loss_rows`` is the first of them by itself, for those who have the rows a chunk at a time.
+
 Data flow, a row at a time: logits -> row_statistics -> logp, entropy -> token_loss (with the advantage of the row's
 group) -> d loss / d logp -> row_gradient -> gradient of the logits. What a row adds to the loss and the metrics is
 stored by row; the second kernel adds it up in a fixed order.
@@ -7,6 +9,9 @@ stored by row; the second kernel adds it up in a fixed order.
 Two or four programs run on each SM and take every so-many-th row. They read a row twice, the second time backwards,
 when what was read last is still in the caches.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -55,6 +60,8 @@ def _grpo_loss_kernel(
     sampler_ratio,  # per token or (B,)
     entropy_threshold,  # scalar
     num_items,  # scalar
+    token_weights,  # per token float32, in place of what REDUCTION says
+    entropy_items,  # scalar that the entropy bonus is divided by, in place of counting
     # outputs
     out,  # like logits, and may be the logits; None for no gradient
     logps,  # (N,) float32, the rest
@@ -117,10 +124,13 @@ def _grpo_loss_kernel(
         weight = 1.0 / tl.maximum(count_tokens(mask, None, 0, last), 1.0)
     d_entropy = 0.0
     if ENTROPY_BONUS:
-        last = N
-        if ends is not None:
-            last = tl.load(ends + B - 1).to(tl.int32)
-        d_entropy = -entropy_coef / tl.maximum(count_tokens(mask, entropy_mask, 0, last), 1.0)
+        if entropy_items is not None:
+            d_entropy = -entropy_coef / tl.load(entropy_items).to(tl.float32)
+        else:
+            last = N
+            if ends is not None:
+                last = tl.load(ends + B - 1).to(tl.int32)
+            d_entropy = -entropy_coef / tl.maximum(count_tokens(mask, entropy_mask, 0, last), 1.0)
     spread = 1.0
     if rewards is not None:
         if SCALE_REWARDS == "batch":
@@ -164,6 +174,8 @@ def _grpo_loss_kernel(
                     advantage = tl.where(reward == reward, (reward - best - mean) / spread, 0.0)
             if rewards is None:
                 advantage = tl.load(advantages + (n if PER_TOKEN_ADVANTAGES else b)).to(tl.float32)
+            if token_weights is not None:
+                sequence_weight = tl.load(token_weights + n)
 
             target = tl.load(completion_ids + n)
             inside = (target >= 0) & (target < V)
@@ -267,7 +279,9 @@ def programs_on(device: torch.device, lanes: int) -> int:
     return gpu.max_threads_per_multi_processor // lanes * gpu.multi_processor_count
 
 
-def grpo_loss_fwd(
+def grpo_loss_rows(
+    rows: Sequence[torch.Tensor],
+    zero_std: torch.Tensor | None,
     out: torch.Tensor | None,
     logits: torch.Tensor,
     completion_ids: torch.Tensor,
@@ -281,6 +295,8 @@ def grpo_loss_fwd(
     sampler_ratio: torch.Tensor | None,
     entropy_threshold: torch.Tensor | None,
     num_items: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    entropy_items: torch.Tensor | None,
     *,
     group_size: int,
     divisor: float,
@@ -300,31 +316,25 @@ def grpo_loss_fwd(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(results (RESULTS,), logps, entropy), and the gradient of the logits in ``out`` unless that is None.
+) -> None:
+    """Write what each row leaves behind to ``rows``, and the gradient of the logits to ``out`` unless that is None.
 
-    ``logits`` and ``out``, which may be the same, are (B, T, V) or, packed, (1, N, V), with any strides; the other
-    tensors are contiguous. ``term`` is "clipped", "cispo" or "sapo". The sum over tokens is divided by ``divisor``,
-    by ``num_items``, or as ``reduction`` says: "tokens" of the batch, "sequences" (times ``divisor``), "positions"
-    (B T), or "sequence_tokens", each sequence's own times B.
+    ``rows`` are logps, entropies, weighted losses, KL, ratios and clips: (N,) float32 each. A masked row writes the
+    first two only, as 0. ``zero_std`` (B,) float32 says whose rewards' group has no spread, if there are rewards.
+    ``token_weights`` (N,) float32 are what losses are multiplied by, in place of ``reduction``; ``entropy_items`` is a
+    scalar that the entropy bonus is divided by, in place of the tokens that count. The rest as in ``grpo_loss_fwd``.
     """
     T, V = logits.shape[-2:]
     N = completion_ids.numel()
     B = logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
     divisor *= max({"sequences": B, "sequence_tokens": B, "positions": B * T}.get(reduction, 1), 1)
-    ends = None if cu_seqlens is None else cu_seqlens[1:]
-    logps, entropies = (logits.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
-    losses, kls, ratios, clips = logits.new_empty(4, N, dtype=torch.float32)
-    zero_std = logits.new_empty(B if rewards is not None else 0, dtype=torch.float32)
-    results = logits.new_empty(RESULTS, dtype=torch.float32)
-    has_kl, bonus = beta != 0.0, entropy_coef != 0.0
     shape = SHORT_ROWS if V * logits.element_size() <= SHORT else LONG_ROWS
     programs = programs_on(logits.device, shape["LANES"])
     _grpo_loss_kernel[(max(min(N, programs), 1),)](
         logits,
         completion_ids,
         mask,
-        ends,
+        None if cu_seqlens is None else cu_seqlens[1:],
         advantages,
         rewards,
         old_logps,
@@ -333,13 +343,10 @@ def grpo_loss_fwd(
         sampler_ratio,
         entropy_threshold,
         num_items,
+        token_weights,
+        entropy_items,
         out,
-        logps,
-        entropies,
-        losses,
-        kls,
-        ratios,
-        clips,
+        *rows,
         zero_std,
         B,
         T,
@@ -365,25 +372,72 @@ def grpo_loss_fwd(
         PER_TOKEN_ADVANTAGES=advantages is not None and advantages.shape == completion_ids.shape,
         PER_TOKEN_SAMPLER_RATIO=sampler_ratio is not None and sampler_ratio.shape == completion_ids.shape,
         HAS_DUAL_CLIP=dual_clip is not None,
-        HAS_KL=has_kl,
+        HAS_KL=beta != 0.0,
         KL_ESTIMATOR=kl_estimator,
         BIAS_CORRECTION=bias_correction,
-        ENTROPY_BONUS=bonus,
+        ENTROPY_BONUS=entropy_coef != 0.0,
         **shape,
+    )
+
+
+def grpo_loss_fwd(
+    out: torch.Tensor | None,
+    logits: torch.Tensor,
+    completion_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    advantages: torch.Tensor | None,
+    rewards: torch.Tensor | None,
+    old_logps: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    entropy_mask: torch.Tensor | None,
+    sampler_ratio: torch.Tensor | None,
+    entropy_threshold: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(results (RESULTS,), logps, entropy), and the gradient of the logits in ``out`` unless that is None.
+
+    ``logits`` and ``out``, which may be the same, are (B, T, V) or, packed, (1, N, V), with any strides; the other
+    tensors are contiguous. ``options`` are the keywords of ``grpo_loss_rows``: ``term`` is "clipped", "cispo" or
+    "sapo". The sum over tokens is divided by ``divisor``, by ``num_items``, or as ``reduction`` says: "tokens" of the
+    batch, "sequences" (times ``divisor``), "positions" (B T), or "sequence_tokens", each sequence's own times B.
+    """
+    B = logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
+    logps, entropies = (logits.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
+    rows = (logps, entropies, *logits.new_empty(4, completion_ids.numel(), dtype=torch.float32))
+    results = logits.new_empty(RESULTS, dtype=torch.float32)
+    zero_std = None if rewards is None else logits.new_empty(B, dtype=torch.float32)
+    grpo_loss_rows(
+        rows,
+        zero_std,
+        out,
+        logits,
+        completion_ids,
+        mask,
+        cu_seqlens,
+        advantages,
+        rewards,
+        old_logps,
+        ref_logps,
+        entropy_mask,
+        sampler_ratio,
+        entropy_threshold,
+        num_items,
+        None,
+        None,
+        **options,
     )
     sum_rows(
         results,
+        rows,
         mask,
-        ends,
+        cu_seqlens,
         entropy_mask,
-        entropies,
-        losses,
-        kls if has_kl else None,
-        ratios,
-        clips,
-        zero_std if rewards is not None else None,
+        zero_std,
         B,
-        T,
-        entropy_coef,
+        logits.size(-2),
+        options["beta"] != 0.0,
+        options["entropy_coef"],
     )
     return results, logps, entropies
