@@ -11,22 +11,26 @@ from grpo_fast.ops._library import mutating_op, overwritten
 
 
 class KnownGradientFunction(torch.autograd.Function):
-    """``apply(x, gradient, loss)`` is ``loss``, with ``gradient`` as its gradient by ``x``, for one backward.
+    """``apply(loss, x, gradient, ...)`` is ``loss``, with ``gradient`` as its gradient by ``x``, for one backward.
 
-    The backward scales ``gradient`` in place, so a second one is refused by autograd's own check.
+    Any number of such pairs. The backward scales each ``gradient`` in place, so a second one is refused by autograd's
+    own check; what is kept in another precision than its ``x`` is rounded after.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, loss: Tensor, *pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(*pairs[1::2])
+        ctx.dtypes = [x.dtype for x in pairs[::2]]
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        _scale_gradient(gradient, upstream)
-        overwritten(gradient)
-        return gradient, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None]
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            _scale_gradient(gradient[(None,) * (3 - gradient.dim())], upstream)
+            overwritten(gradient)
+            grads += [gradient.to(dtype), None]
+        return tuple(grads)
 
 
 def _fake_scale_gradient(gradient: Tensor, factor: Tensor) -> None:
