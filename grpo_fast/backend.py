@@ -19,9 +19,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "group_advantages": ("torch",),
     "selective_log_softmax": ("triton", "torch"),
     "grpo_loss": ("triton", "torch"),
-    "linear_selective_log_softmax": ("torch",),
-    "linear_grpo_loss": ("torch",),
-    "linear_cross_entropy": ("torch",),
+    "linear_selective_log_softmax": ("triton", "torch"),
+    "linear_grpo_loss": ("triton", "torch"),
+    "linear_cross_entropy": ("triton", "torch"),
     "linear_distillation_loss": ("torch",),
 }
 

@@ -58,8 +58,9 @@ def logps_and_entropy_ref(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of ``index`` (...,) and the entropy in nats under softmax(``logits`` (..., V)).
 
-    With ``label_smoothing`` s the former is (1 - s) logp + s times the mean log-prob of all V tokens. An index outside [0, V) gives NaN; positions where ``mask`` (...,) is 0 give 0 and no gradient, whatever
-    they hold. A logit of -inf is a banned token: probability 0, no gradient, nothing added to the entropy.
+    An index outside [0, V) gives NaN; positions where ``mask`` (...,) is 0 give 0 and no gradient, whatever
+    they hold. A logit of -inf is a banned token: probability 0, no gradient, nothing added to the entropy. With
+    ``label_smoothing`` s the log-prob becomes (1 - s) logp + s times the mean log-prob of all V tokens.
     """
     z = logits.to(accumulation_dtype(logits))
     if mask is not None:

@@ -26,7 +26,7 @@ WORKSPACE_BYTES = 2 * 2**30
 TILE_ROWS = 128
 
 
-# Products ------------------------------------------------------------------------------------------------------------
+# Products --------------------------------------------------------------------------------------------------------
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -60,7 +60,7 @@ def gradient_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+# Rows ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Rows:
 
     @staticmethod
     def choose(count: int, mask: Tensor | None, live: Tensor | None, *, gradient: bool, wait: bool) -> Rows:
-        """Those that ``mask`` (count,) keeps, those of ``live`` (count,) first; live ones only if there is a gradient.
+        """Those that ``mask`` (count,) keeps, and of these, if there is a gradient, the ``live`` (count,) ones first.
 
         The host has to ``wait`` for the GPU once to know how many there are. If it may not, all rows are taken.
         """
@@ -91,17 +91,16 @@ class Rows:
         if live is None:
             assert mask is not None
             index = mask.nonzero().squeeze(-1)
-            kept, first = index.numel(), index.numel() if gradient else 0
+            total = index.numel()
+            first = total if gradient else 0
         else:
-            if mask is not None:
-                live = live & mask
-            rank = (~live).to(torch.uint8) if mask is None else 2 - mask.to(torch.uint8) - live.to(torch.uint8)
-            counts = torch.stack([live.sum(), live.new_tensor(count) if mask is None else mask.sum()])
-            index = rank.argsort(stable=True)
-            first, kept = counts.tolist()
-        if kept == count and first in (0, count):
-            return Rows(count, first, kept)
-        return Rows(count, first, kept, index=index[:kept])
+            kept = torch.ones_like(live) if mask is None else mask
+            live = live & kept
+            index = (2 - kept.to(torch.uint8) - live.to(torch.uint8)).argsort(stable=True)
+            first, total = torch.stack([live.sum(), kept.sum()]).tolist()
+        if total == count and first in (0, count):
+            return Rows(count, first, total)
+        return Rows(count, first, total, index=index[:total])
 
     def take(self, x: Tensor) -> Tensor:
         """These rows of ``x`` (N, ...)."""
@@ -119,15 +118,15 @@ def may_wait(allow_sync: bool, x: Tensor) -> bool:
     return allow_sync and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
+# The head --------------------------------------------------------------------------------------------------------
+
+
 class Needs(NamedTuple):
     """Which inputs get a gradient. What needs none costs no product."""
 
     hidden: bool
     weight: bool
     bias: bool
-
-
-# The head ------------------------------------------------------------------------------------------------------------
 
 
 class ChunkedHead:
@@ -240,14 +239,16 @@ class ChunkedHead:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in ``gradient_dtype``; empty where there is none to hand out."""
         del self._logits, self._gradient  # before the weight's is rounded
-        none = self._weight.new_empty(0)
-        d_hidden = none if self._d_hidden is None else self._d_hidden.view(self._hidden.shape)
-        d_bias = none if self._d_bias is None or self._bias is None else self._d_bias.to(gradient_dtype(self._bias))
-        if self._d_weight is None or self._weight_grad_out is not None:
-            return d_hidden, none, d_bias
-        if not self._weight_has_values:
-            self._d_weight.zero_()
-        return d_hidden, self._d_weight.to(self._weight_dtype), d_bias
+        d_hidden, d_weight, d_bias = (self._weight.new_empty(0) for _ in range(3))
+        if self._d_hidden is not None:
+            d_hidden = self._d_hidden.view(self._hidden.shape)
+        if self._d_weight is not None and self._weight_grad_out is None:
+            if not self._weight_has_values:
+                self._d_weight.zero_()
+            d_weight = self._d_weight.to(self._weight_dtype)
+        if self._d_bias is not None and self._bias is not None:
+            d_bias = self._d_bias.to(gradient_dtype(self._bias))
+        return d_hidden, d_weight, d_bias
 
     def _rows_of_hidden(self, rows: slice) -> Tensor:
         """(n, H) in the precision of the product; rows that do not count as 0, whatever they hold."""
@@ -262,3 +263,19 @@ class ChunkedHead:
         if self.rows.mask is not None:
             x = torch.where(self.rows.mask[rows, None], x, 0.0)
         return x.to(self.dtype)
+
+
+def check_workspace(workspace_bytes: object) -> int:
+    """Check a number of bytes, or give the default."""
+    if workspace_bytes is None:
+        return WORKSPACE_BYTES
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes: got {workspace_bytes!r}, want an int or None")
+    if workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes: got {workspace_bytes}, want at least 1")
+    return workspace_bytes
+
+
+def wanted(*inputs: Tensor | None) -> list[bool]:
+    """Which of the inputs a backward will ask for a gradient of."""
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]

@@ -1,4 +1,4 @@
-"""Losses that follow from a token's own row of logits: which they are, and what their kernel takes and gives back."""
+"""What the kernel of losses that follow from a token's own row of logits takes, and what its results mean."""
 
 from __future__ import annotations
 
@@ -25,17 +25,6 @@ METRICS = (
     "clip_ratio/region_mean",
     "frac_reward_zero_std",
 )
-
-
-def is_known_by_token(batch: LossBatch) -> bool:
-    """Whether a token's loss and gradient follow from its own row of logits."""
-    c = batch.config
-    return (
-        c.importance_sampling_level == "token"
-        and c.loss_type != "vespo"
-        and c.off_policy_mask_threshold is None
-        and (c.entropy_coef == 0.0 or batch.entropy_threshold is None)  # the bonus is a mean over those it selects
-    )
 
 
 def term_options(c: GRPOLossConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from grpo_fast.ops._checks import Shapes, check_logits_options, check_vocabulary
 from grpo_fast.ops._known_gradient import KnownGradientFunction
 from grpo_fast.ops._library import mutating_op, overwritten
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
-from grpo_fast.ops._token_loss import METRICS, is_known_by_token, name_results, term_options, threshold_tensor
+from grpo_fast.ops._token_loss import METRICS, name_results, term_options, threshold_tensor
 from grpo_fast.ops.selective_log_softmax import fused_logps_and_entropy
 from grpo_fast.reference import accumulation_dtype, logps_and_entropy_ref
 
@@ -108,7 +108,7 @@ def grpo_loss(
     check_logits_options(temperature, logit_scale, softcap)
 
     implementation = backend.choose("grpo_loss", impl, logits)
-    if implementation != "torch" and is_known_by_token(batch):
+    if implementation != "torch" and batch.is_known_by_token():
         return _fused(logits, batch, temperature, logit_scale, softcap, overwrite_logits)
     # The loss needs every token's log-prob first: log-probs, the reference on (B, T) values, then the gradient.
     sequences = batch.sequences(accumulation_dtype(logits))

@@ -321,8 +321,8 @@ def grpo_loss_rows(
 
     ``rows`` are logps, entropies, weighted losses, KL, ratios and clips: (N,) float32 each. A masked row writes the
     first two only, as 0. ``zero_std`` (B,) float32 says whose rewards' group has no spread, if there are rewards.
-    ``token_weights`` (N,) float32 are what losses are multiplied by, in place of ``reduction``; ``entropy_items`` is a
-    scalar that the entropy bonus is divided by, in place of the tokens that count. The rest as in ``grpo_loss_fwd``.
+    ``token_weights`` (N,) float32 are what losses are multiplied by, in place of ``reduction``; ``entropy_items`` is
+    what the entropy bonus is divided by, in place of the tokens that count. The rest is as in ``grpo_loss_fwd``.
     """
     T, V = logits.shape[-2:]
     N = completion_ids.numel()
