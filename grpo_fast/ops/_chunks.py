@@ -39,16 +39,16 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def add_product(a: Tensor, b: Tensor, out: Tensor, alpha: float) -> None:
-    """out += alpha * a @ b within the product, in float32."""
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b within the product, in float32."""
     if out.dtype == a.dtype:
-        out.addmm_(a, b, alpha=alpha)
+        out.addmm_(a, b)
     elif out.device.type == "cuda":
         # As a batch of one, because torch 2.8's addmm wants out in the precision of a; cuBLAS runs the same product.
         batch = out.unsqueeze(0)
-        torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=out.dtype, alpha=alpha, out=batch)
+        torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=out.dtype, out=batch)
     else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype), alpha=alpha)
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def gradient_dtype(x: Tensor) -> torch.dtype:
@@ -140,7 +140,7 @@ class ChunkedHead:
         needs: Which of the three get a gradient.
         workspace_bytes: What the logits of a chunk and their gradient may take.
         weight_grad_out: (V, H) float32 that the weight's gradient is added to; None for a tensor of its own.
-        scale: What the gradients of the logits come multiplied by, so that they do not underflow.
+        scale: A scalar that the gradients of the logits come multiplied by, so that they do not underflow.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class ChunkedHead:
         needs: Needs,
         workspace_bytes: int,
         weight_grad_out: Tensor | None = None,
-        scale: float = 1.0,
+        scale: Tensor | None = None,
     ) -> None:
         V, H = weight.shape
         self.rows = rows
@@ -173,7 +173,7 @@ class ChunkedHead:
         if half and rows.live:
             self._gradient = weight.new_empty(longest, width, dtype=self.dtype)[:, :V]
 
-        self._needs, self._alpha = needs, 1.0 / scale
+        self._scale = scale
         self._d_hidden: Tensor | None = None
         self._d_weight: Tensor | None = None
         self._d_bias: Tensor | None = None
@@ -183,14 +183,13 @@ class ChunkedHead:
             self._d_rows = hidden.new_empty(longest, H, dtype=torch.float32)
         self._weight_dtype = gradient_dtype(weight)
         self._weight_grad_out = weight_grad_out
-        self._weight_has_values = weight_grad_out is not None or scale != 1.0
+        self._weight_has_values = weight_grad_out is not None
         if needs.weight and weight_grad_out is not None:
-            self._d_weight = weight_grad_out
+            self._d_weight = weight_grad_out if scale is None else weight_grad_out.mul_(scale)
         elif needs.weight:
             # Added up in float32, unless one product gives it all.
             direct = rows.live <= self._most and self._weight_dtype == self.dtype
-            make = weight.new_zeros if self._weight_has_values else weight.new_empty
-            self._d_weight = make(V, H, dtype=self._weight_dtype if direct else torch.float32)
+            self._d_weight = weight.new_empty(V, H, dtype=self._weight_dtype if direct else torch.float32)
         if needs.bias:
             self._d_bias = weight.new_zeros(V, dtype=torch.float32)
 
@@ -221,25 +220,28 @@ class ChunkedHead:
         if self._d_hidden is not None:
             d_rows = self._d_rows[: rows.stop - rows.start]
             product(gradient, self._weight, d_rows)
-            if self._alpha != 1.0:
-                d_rows *= self._alpha
+            if self._scale is not None:
+                d_rows /= self._scale
             if self.rows.index is None:
                 self._d_hidden[rows] = d_rows
             else:
                 self._d_hidden.index_copy_(0, self.rows.index[rows], d_rows.to(self._d_hidden.dtype))
         if self._d_weight is not None:
             if self._weight_has_values:
-                add_product(gradient.t(), self._x, self._d_weight, self._alpha)
+                add_product(gradient.t(), self._x, self._d_weight)
             else:
                 product(gradient.t(), self._x, self._d_weight)
             self._weight_has_values = True
         if self._d_bias is not None:
-            self._d_bias.add_(gradient.sum(0, dtype=torch.float32), alpha=self._alpha)
+            self._d_bias += gradient.sum(0, dtype=torch.float32)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in ``gradient_dtype``; empty where there is none to hand out."""
         del self._logits, self._gradient  # before the weight's is rounded
         d_hidden, d_weight, d_bias = (self._weight.new_empty(0) for _ in range(3))
+        for total in (self._d_weight, self._d_bias):
+            if total is not None and self._scale is not None:
+                total /= self._scale
         if self._d_hidden is not None:
             d_hidden = self._d_hidden.view(self._hidden.shape)
         if self._d_weight is not None and self._weight_grad_out is None:

@@ -91,11 +91,13 @@ def linear_token_loss(
     wants = Needs(*needs)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = Rows.choose(index.numel(), mask, live, gradient=any(wants), wait=may_wait(allow_sync, hidden))
-        # In float16, gradients of a mean over N tokens are brought to about those of a sum.
-        half = torch.promote_types(hidden.dtype, weight.dtype) == torch.float16
-        scale = float(2 ** max(rows.total - 1, 0).bit_length()) if half else 1.0
+        scale = None
+        if torch.promote_types(hidden.dtype, weight.dtype) == torch.float16 and token_weights.numel() > 0:
+            # A weight of 1 in many tokens would underflow: the largest is brought to between 1 and 2.
+            scale = torch.exp2(-token_weights.amax().clamp(min=1e-30).log2().floor())
+            token_weights = token_weights * scale
+            entropy_items = None if entropy_items is None else entropy_items / scale
         head = ChunkedHead(hidden, weight, bias, rows, wants, workspace_bytes, weight_grad_out, scale)
-        token_weights = token_weights * scale
         inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)
         per_token = [None if x is None else rows.take(x) for x in inputs]
         results = weight.new_zeros(ROW_RESULTS, rows.total, dtype=torch.float32)
@@ -125,7 +127,7 @@ def linear_token_loss(
                 entropy_threshold,
                 None,
                 weights,
-                None if entropy_items is None else entropy_items / scale,
+                entropy_items,
                 group_size=1,
                 divisor=1.0,
                 reduction="constant",
@@ -151,7 +153,8 @@ def linear_token_loss(
                 if label_smoothing:
                     add_gradient_above_mean(gradient, labels, smoothing)
                 head.backpropagate(part, gradient)
-        results[2] /= scale
+        if scale is not None:
+            results[2] /= scale
         return rows.spread(results), *head.finish()
 
 

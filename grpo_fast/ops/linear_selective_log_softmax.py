@@ -147,9 +147,9 @@ def linear_logps(
 
 def as_rows(hidden: Tensor) -> Tensor:
     """Hidden states (..., H) as (B, T, H), which leaves the strides of these two alone."""
-    if hidden.dim() < 3:
-        return hidden.reshape(1, -1, hidden.size(-1))
-    return hidden.reshape(-1, *hidden.shape[-2:])
+    while hidden.dim() < 3:
+        hidden = hidden.unsqueeze(0)
+    return hidden.flatten(0, -3)
 
 
 # The registered op: chunks of logits, forward and again backward -------------------------------------------------
@@ -276,11 +276,9 @@ def _linear_logps_backward(
                 add_gradient_above_mean(gradient, labels, factor if kept is None else factor * kept)
             head.backpropagate(part, gradient)
         d_hidden, d_weight, d_bias = head.finish()
-    return (
-        d_hidden.to(hidden.dtype),
-        d_weight.to(weight.dtype),
-        d_bias.to(weight.dtype if bias is None else bias.dtype),
-    )
+        if bias is not None:
+            d_bias = d_bias.to(bias.dtype)
+    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias
 
 
 @_linear_logps_backward.register_fake

@@ -1,7 +1,5 @@
 """The loss and the metrics from what the rows left behind: one program, in a fixed order, so that sums repeat."""
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -111,7 +109,7 @@ def _grpo_results_kernel(
 
 def sum_rows(
     results: torch.Tensor,
-    rows: Sequence[torch.Tensor],
+    rows: tuple[torch.Tensor, ...],
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     entropy_mask: torch.Tensor | None,

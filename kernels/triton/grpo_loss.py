@@ -10,9 +10,6 @@ Two or four programs run on each SM and take every so-many-th row. They read a r
 when what was read last is still in the caches.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -280,7 +277,7 @@ def programs_on(device: torch.device, lanes: int) -> int:
 
 
 def grpo_loss_rows(
-    rows: Sequence[torch.Tensor],
+    rows: tuple[torch.Tensor, ...],
     zero_std: torch.Tensor | None,
     out: torch.Tensor | None,
     logits: torch.Tensor,
@@ -394,7 +391,7 @@ def grpo_loss_fwd(
     sampler_ratio: torch.Tensor | None,
     entropy_threshold: torch.Tensor | None,
     num_items: torch.Tensor | None,
-    **options: Any,
+    **options: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(results (RESULTS,), logps, entropy), and the gradient of the logits in ``out`` unless that is None.
 
