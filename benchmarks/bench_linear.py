@@ -6,10 +6,10 @@
 
 "of the products" is the time beside that of the matrix products alone, in bfloat16 by cuBLAS, which take turns with
 what is measured: three for loss and gradients, two with a frozen head, one for log-probs, always over all rows.
-Rows are peaked: logits to 40, and 80 % of the rows nearly sure of their token. Errors are against float64: the largest
-of a log-prob in nats, and, relative in the Frobenius norm, those of the gradients of 64 hidden states and 64 rows of
-the head. Every provider gets the same inputs; one that fails is recorded with its reason. Peers are run where they
-are installed: pip install trl liger-kernel cut-cross-entropy verl.
+Rows are peaked: logits to 40, and 80 % of the rows nearly sure of their token. Errors are against float64: the
+largest of a log-prob in nats, and, relative in the Frobenius norm, those of the gradients of 64 hidden states and 64
+rows of the head. Every provider gets the same inputs; one that fails is recorded with its reason. Peers are run where
+they are installed: pip install trl liger-kernel cut-cross-entropy verl.
 """
 
 from __future__ import annotations
