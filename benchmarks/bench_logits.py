@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timer, ceilings, environment, peak_memory, write_json
+from harness import Timer, attempt, ceilings, environment, peak_memory, write_json
 from torch import Tensor
 
 from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
@@ -274,7 +274,6 @@ def measure_one(
     timer: Timer, task: str, provider: Provider, x: Inputs, original: Tensor, expected: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Error, memory and time of one provider, or why it has none. Leaves the logits as they were."""
-    record: dict[str, Any] = {}
 
     def run() -> Any:
         return provider.run(x)
@@ -282,20 +281,15 @@ def measure_one(
     def restore() -> None:
         x.logits.copy_(original)
 
-    try:
+    def results() -> dict[str, Any]:
+        record: dict[str, Any] = {}
         if provider.comparable:
             record["error"] = error(task, run(), expected)
             restore()
         record["peak_bytes"] = peak_memory(run)
-        record |= timer(run, restore if provider.overwrites else None)
-    except ImportError as e:
-        record["skipped"] = f"not installed: {e.name or e}"
-    except torch.OutOfMemoryError:
-        record["skipped"] = "out of memory"
-    except Exception as e:  # a peer's failure is a result too
-        if provider.name.startswith("grpo_fast"):
-            raise
-        record["skipped"] = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
+        return record | timer(run, restore if provider.overwrites else None)
+
+    record = attempt(results)
     restore()
     return record
 

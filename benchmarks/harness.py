@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PACKAGES = ("torch", "triton", "trl", "liger_kernel", "quack-kernels", "transformers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "trl",
+    "liger_kernel",
+    "quack-kernels",
+    "cut-cross-entropy",
+    "verl",
+    "unsloth_zoo",
+    "transformers",
+)
 
 
 class Timer:
@@ -30,26 +40,30 @@ class Timer:
 
     def __call__(self, fn: Callable[[], Any], before: Callable[[], Any] | None = None) -> dict[str, float]:
         """Median, and 10 % and 90 % quantiles, of ``fn``; ``before`` runs ahead of each run, outside the time."""
+        return self.interleaved(fn, before=before)[0]
+
+    def interleaved(self, *fns: Callable[[], Any], before: Callable[[], Any] | None = None) -> list[dict[str, float]]:
+        """The same for several that take turns, so that all see the GPU at the same clock."""
         for _ in range(self.warmup):
-            if before is not None:
-                before()
-            fn()
+            for fn in fns:
+                if before is not None:
+                    before()
+                fn()
         torch.cuda.synchronize()
         torch.cuda._sleep(20_000_000)  # time for the host to get ahead
-        events = []
+        events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in fns]
         for _ in range(self.runs):
-            if before is not None:
-                before()
-            self._cache.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            fn()
-            end.record()
-            events.append((start, end))
+            for fn, own in zip(fns, events, strict=True):
+                if before is not None:
+                    before()
+                self._cache.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                fn()
+                end.record()
+                own.append((start, end))
         torch.cuda.synchronize()
-        times = torch.tensor([start.elapsed_time(end) for start, end in events])
-        low, median, high = times.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-        return {"ms": median, "ms_p10": low, "ms_p90": high}
+        return [_quantiles([start.elapsed_time(end) for start, end in own]) for own in events]
 
     def wall(self, fn: Callable[[], Any]) -> float:
         """Milliseconds a call takes as the caller sees it, host and GPU."""
@@ -63,6 +77,24 @@ class Timer:
             fn()
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / self.runs * 1e3
+
+
+def _quantiles(times: list[float]) -> dict[str, float]:
+    low, median, high = torch.tensor(times).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return {"ms": median, "ms_p10": low, "ms_p90": high}
+
+
+def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``measure`` found, or under "skipped" why it found nothing."""
+    try:
+        return measure()
+    except ImportError as e:
+        return {"skipped": f"not installed: {e.name or e}"}
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return {"skipped": "out of memory"}
+    except Exception as e:  # a failure is a result too
+        return {"skipped": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"}
 
 
 def peak_memory(fn: Callable[[], Any]) -> int:

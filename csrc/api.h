@@ -73,7 +73,9 @@ struct PlanInputs {
   int reduction;
   float divisor;
   Values num_items;  // scalar, in place of the divisor
+  Values token_weights;  // per token, in place of all that
   float entropy_coef;
+  Values entropy_items;  // scalar that the entropy bonus is divided by; null for the tokens that count
 };
 
 // What a batch's rows need of their sequences and groups.
@@ -84,7 +86,6 @@ struct Plan {
   uint8_t* kept;  // (N,); null where all are
   float* zero_std;  // (B,): 1 where the group has no spread; null without rewards
   float* d_entropy;  // scalar: the upstream gradient of each chosen token's entropy
-  int* finished;  // scalar: 0, for sum_rows
 };
 
 cudaError_t plan(const Batch& batch, const PlanInputs& inputs, const Plan& plan, cudaStream_t stream);
@@ -128,8 +129,9 @@ cudaError_t grpo_loss_rows(const Rows& rows, const Layout& layout, const LossOpt
 constexpr int kResults = 13;  // the loss, then the metrics
 constexpr int kPartial = 13;  // what a sequence adds to them
 
-// (kResults,) results from all rows, in a fixed order; `partials` is (max(B, 1), kPartial) for the sequences' sums.
-cudaError_t sum_rows(const Batch& batch, const RowResults& rows, const Plan& plan, float entropy_coef,
+// (kResults,) results from all rows, in a fixed order. `zero_std` is (B,), or null without rewards; `partials` is for
+// max(B, 1) times kPartial numbers and one more.
+cudaError_t sum_rows(const Batch& batch, const RowResults& rows, const float* zero_std, float entropy_coef,
                      float* partials, float* results, cudaStream_t stream);
 
 // Per row: log-prob of the sampled token, entropy, and what the backward needs.

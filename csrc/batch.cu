@@ -86,11 +86,13 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const Batch batch, const
   if (in.reduction == kByTokens) weight = 1.0f / fmaxf(count_tokens(batch.mask, Values{}, {0, last}), 1.0f);
   if (in.reduction == kBySequence) weight /= fmaxf(count_tokens(batch.mask, Values{}, range), 1.0f);
   if (b == 0) {
-    float d_entropy = 0.0f;
-    if (in.entropy_coef != 0.0f) {
-      d_entropy = -in.entropy_coef / fmaxf(count_tokens(batch.mask, batch.entropy_mask, {0, last}), 1.0f);
+    float items = 1.0f;
+    if (in.entropy_items.data != nullptr) {
+      items = load(in.entropy_items, 0);
+    } else if (in.entropy_coef != 0.0f) {
+      items = fmaxf(count_tokens(batch.mask, batch.entropy_mask, {0, last}), 1.0f);
     }
-    if (threadIdx.x == 0) *out.d_entropy = d_entropy, *out.finished = 0;
+    if (threadIdx.x == 0) *out.d_entropy = -in.entropy_coef / items;
   }
 
   float advantage = 0.0f;
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const Batch batch, const
   const int end = b + 1 >= batch.count ? batch.N : range.end;
   for (int n = range.start + threadIdx.x; n < end; n += kThreads) {
     const bool kept = n < range.end && keeps(batch.mask, n);
-    out.weights[n] = kept ? weight : 0.0f;
+    out.weights[n] = kept ? load_or(in.token_weights, n, weight) : 0.0f;
     out.advantages[n] = in.per_token_advantages ? load(in.advantages, n) : advantage;
     if (out.kept != nullptr) out.kept[n] = kept;
     if (out.sampler_ratio != nullptr) {
@@ -149,14 +151,14 @@ __device__ float reduce_part(int part, float value) {
 
 // A block a sequence; the one that ends last adds the sequences up.
 __global__ void __launch_bounds__(kThreads)
-    sum_rows_kernel(const Batch batch, const RowResults rows, const Plan plan, float entropy_coef, float* partials,
-                    float* results) {
+    sum_rows_kernel(const Batch batch, const RowResults rows, const float* zero_std, float entropy_coef,
+                    float* partials, int* finished, float* results) {
   const int b = blockIdx.x;
   float part[kPartial] = {};
   part[kLargest] = -INFINITY;
   const Range range = Range::of(batch, b);
   for (int n = range.start + threadIdx.x; n < range.end; n += kThreads) {
-    if (plan.kept != nullptr && !plan.kept[n]) continue;
+    if (!keeps(batch.mask, n)) continue;
     part[kTokens] += 1.0f;
     part[kLoss] += rows.losses[n];
     part[kEntropy] += rows.entropies[n];
@@ -178,11 +180,11 @@ __global__ void __launch_bounds__(kThreads)
     const bool any = part[kTokens] > 0.0f;
     part[kLowMin] = any ? part[kLow] / part[kTokens] : INFINITY;
     part[kHighMax] = any ? part[kHigh] / part[kTokens] : -INFINITY;
-    part[kZeroStd] = plan.zero_std != nullptr && b < batch.count ? plan.zero_std[b] : 0.0f;
+    part[kZeroStd] = zero_std != nullptr && b < batch.count ? zero_std[b] : 0.0f;
 #pragma unroll
     for (int i = 0; i < kPartial; ++i) partials[b * kPartial + i] = part[i];
     __threadfence();
-    last = atomicAdd(plan.finished, 1) == static_cast<int>(gridDim.x) - 1;
+    last = atomicAdd(finished, 1) == static_cast<int>(gridDim.x) - 1;
   }
   __syncthreads();
   if (!last) return;
@@ -227,9 +229,13 @@ cudaError_t plan(const Batch& batch, const PlanInputs& inputs, const Plan& plan,
   return cudaGetLastError();
 }
 
-cudaError_t sum_rows(const Batch& batch, const RowResults& rows, const Plan& plan, float entropy_coef,
+cudaError_t sum_rows(const Batch& batch, const RowResults& rows, const float* zero_std, float entropy_coef,
                      float* partials, float* results, cudaStream_t stream) {
-  sum_rows_kernel<<<max(batch.count, 1), kThreads, 0, stream>>>(batch, rows, plan, entropy_coef, partials, results);
+  const int blocks = max(batch.count, 1);
+  int* finished = reinterpret_cast<int*>(partials + int64_t(blocks) * kPartial);
+  const cudaError_t error = cudaMemsetAsync(finished, 0, sizeof(int), stream);
+  if (error != cudaSuccess) return error;
+  sum_rows_kernel<<<blocks, kThreads, 0, stream>>>(batch, rows, zero_std, entropy_coef, partials, finished, results);
   return cudaGetLastError();
 }
 

@@ -96,7 +96,6 @@ gf::Layout make_layout(int cluster, int consumers, int stages) {
 PYBIND11_MODULE(_C, m) {
   m.attr("architectures") = GRPO_FAST_ARCHITECTURES;
   m.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-  m.attr("RESULTS") = gf::kResults;
   m.attr("PARTIAL") = gf::kPartial;
   m.def("error_string", [](int code) { return std::string(cudaGetErrorString(static_cast<cudaError_t>(code))); });
 
@@ -114,15 +113,15 @@ PYBIND11_MODULE(_C, m) {
            py::arg("cap"), py::arg("cap_in"));
 
   m.def(
-      "grpo_loss",
-      [](int device, Address stream, gf::Rows rows, const gf::Layout& layout, int count, Tensor mask,
-         Tensor ends, Tensor entropy_mask, Tensor advantages, bool per_token_advantages, Tensor rewards,
-         int group_size, int scale_rewards, Tensor sampler_ratio, bool per_token_sampler_ratio, int reduction,
-         float divisor, Tensor num_items, float entropy_coef, Tensor old_logps, Tensor ref_logps,
-         Tensor entropy_threshold, int term, int kl_estimator, bool has_dual_clip, bool bias_correction, float low,
-         float high, float delta, float dual_clip, float beta, float tau_pos, float tau_neg, Address per_token,
-         Address kept, Address zero_std, Address scalars, Address partials, Address logps, Address entropies,
-         Address results) -> int {
+      "grpo_loss_rows",
+      [](int device, Address stream, gf::Rows rows, const gf::Layout& layout, int count, Tensor mask, Tensor ends,
+         Tensor entropy_mask, Tensor advantages, bool per_token_advantages, Tensor rewards, int group_size,
+         int scale_rewards, Tensor sampler_ratio, bool per_token_sampler_ratio, int reduction, float divisor,
+         Tensor num_items, Tensor token_weights, float entropy_coef, Tensor entropy_items, Tensor old_logps,
+         Tensor ref_logps, Tensor entropy_threshold, int term, int kl_estimator, bool has_dual_clip,
+         bool bias_correction, float low, float high, float delta, float dual_clip, float beta, float tau_pos,
+         float tau_neg, Address plan_values, Address kept, Address zero_std, Address d_entropy, Address logps,
+         Address entropies, Address losses, Address kls, Address ratios, Address clips) -> int {
         want(rewards.first == 0 || group_size >= 1, "group_size", group_size, "1 or more with rewards");
         want(count == 0 || rewards.first != 0 || advantages.first != 0, "advantages", 0, "their address, or rewards");
         want(kl_estimator == gf::kNoKL || ref_logps.first != 0, "ref_logps", 0, "their address with a KL term");
@@ -140,40 +139,64 @@ PYBIND11_MODULE(_C, m) {
                                        reduction,
                                        divisor,
                                        values(num_items),
-                                       entropy_coef};
-        float* tokens = pointer<float>(per_token);  // (7, N)
-        const auto row = [&](int i) { return tokens + std::int64_t(i) * rows.count; };
-        const gf::Plan plan = {row(0),
-                               row(1),
-                               sampler_ratio.first == 0 ? nullptr : row(2),
+                                       values(token_weights),
+                                       entropy_coef,
+                                       values(entropy_items)};
+        float* by_token = pointer<float>(plan_values);  // (3, N)
+        const gf::Plan plan = {by_token,
+                               by_token + rows.count,
+                               sampler_ratio.first == 0 ? nullptr : by_token + std::int64_t(2) * rows.count,
                                pointer<std::uint8_t>(kept),
                                pointer<float>(zero_std),
-                               pointer<float>(scalars),
-                               pointer<int>(scalars) + 1};
-        const gf::RowResults left = {pointer<float>(logps), pointer<float>(entropies), row(3),
-                                     kl_estimator == gf::kNoKL ? nullptr : row(4), row(5), row(6)};
-        const gf::LossOptions options = {term, kl_estimator, has_dual_clip, bias_correction, low,     high,
+                               pointer<float>(d_entropy)};
+        const gf::RowResults left = {pointer<float>(logps),
+                                     pointer<float>(entropies),
+                                     pointer<float>(losses),
+                                     kl_estimator == gf::kNoKL ? nullptr : pointer<float>(kls),
+                                     pointer<float>(ratios),
+                                     pointer<float>(clips)};
+        const gf::LossOptions options = {term,  kl_estimator, has_dual_clip, bias_correction, low,     high,
                                          delta, dual_clip,    beta,          tau_pos,         tau_neg};
         const gf::TokenInputs token_inputs = {values(old_logps), values(ref_logps), values(entropy_mask),
                                               values(entropy_threshold)};
-        cudaError_t error = gf::plan(batch, inputs, plan, stream_of(stream));
-        if (error == cudaSuccess && rows.count > 0) {
-          error = gf::grpo_loss_rows(rows, layout, options, plan, token_inputs, entropy_coef != 0.0f, left,
-                                     stream_of(stream));
-        }
-        if (error != cudaSuccess) return error;
-        return gf::sum_rows(batch, left, plan, entropy_coef, pointer<float>(partials), pointer<float>(results),
-                            stream_of(stream));
+        const cudaError_t error = gf::plan(batch, inputs, plan, stream_of(stream));
+        if (error != cudaSuccess || rows.count == 0) return error;
+        return gf::grpo_loss_rows(rows, layout, options, plan, token_inputs, entropy_coef != 0.0f, left,
+                                  stream_of(stream));
       },
       py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("count"), py::arg("mask"),
       py::arg("ends"), py::arg("entropy_mask"), py::arg("advantages"), py::arg("per_token_advantages"),
       py::arg("rewards"), py::arg("group_size"), py::arg("scale_rewards"), py::arg("sampler_ratio"),
       py::arg("per_token_sampler_ratio"), py::arg("reduction"), py::arg("divisor"), py::arg("num_items"),
-      py::arg("entropy_coef"), py::arg("old_logps"), py::arg("ref_logps"), py::arg("entropy_threshold"),
-      py::arg("term"), py::arg("kl_estimator"), py::arg("has_dual_clip"), py::arg("bias_correction"), py::arg("low"),
-      py::arg("high"), py::arg("delta"), py::arg("dual_clip"), py::arg("beta"), py::arg("tau_pos"),
-      py::arg("tau_neg"), py::arg("per_token"), py::arg("kept"), py::arg("zero_std"), py::arg("scalars"),
-      py::arg("partials"), py::arg("logps"), py::arg("entropies"), py::arg("results"));
+      py::arg("token_weights"), py::arg("entropy_coef"), py::arg("entropy_items"), py::arg("old_logps"),
+      py::arg("ref_logps"), py::arg("entropy_threshold"), py::arg("term"), py::arg("kl_estimator"),
+      py::arg("has_dual_clip"), py::arg("bias_correction"), py::arg("low"), py::arg("high"), py::arg("delta"),
+      py::arg("dual_clip"), py::arg("beta"), py::arg("tau_pos"), py::arg("tau_neg"), py::arg("plan_values"),
+      py::arg("kept"), py::arg("zero_std"), py::arg("d_entropy"), py::arg("logps"), py::arg("entropies"),
+      py::arg("losses"), py::arg("kls"), py::arg("ratios"), py::arg("clips"));
+
+  m.def(
+      "sum_rows",
+      [](int device, Address stream, int count, int T, int N, Tensor mask, Tensor ends, Tensor entropy_mask,
+         Address entropies, Address losses, Address kls, Address ratios, Address clips, Address zero_std,
+         float entropy_coef, Address partials, Address results) -> int {
+        want(count >= 0, "count", count, "0 or more sequences");
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return on.error();
+        const gf::Batch batch = {count, T, N, values(mask), values(ends), values(entropy_mask)};
+        const gf::RowResults rows = {nullptr,
+                                     pointer<float>(entropies),
+                                     pointer<float>(losses),
+                                     pointer<float>(kls),
+                                     pointer<float>(ratios),
+                                     pointer<float>(clips)};
+        return gf::sum_rows(batch, rows, pointer<const float>(zero_std), entropy_coef, pointer<float>(partials),
+                            pointer<float>(results), stream_of(stream));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("count"), py::arg("T"), py::arg("N"), py::arg("mask"),
+      py::arg("ends"), py::arg("entropy_mask"), py::arg("entropies"), py::arg("losses"), py::arg("kls"),
+      py::arg("ratios"), py::arg("clips"), py::arg("zero_std"), py::arg("entropy_coef"), py::arg("partials"),
+      py::arg("results"));
 
   m.def(
       "log_probs",

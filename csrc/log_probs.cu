@@ -35,7 +35,7 @@ constexpr int kThreads = 256;
 constexpr int kVectorsAThread = 4;
 
 // Block (n, slice): reads and writes each logit once, so it needs neither ring nor cluster.
-template <typename T, bool kSoftcap, bool kTilt>
+template <typename T, typename Out, bool kSoftcap, bool kTilt>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(const Rows rows, const LogProbs results, const float* d_logps, const float* d_entropies) {
   constexpr int kSize = Vector<T>::kSize;
@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   const Slice slice = Slice::of<T>(rows, n, rank, ranks);
   const T* row = static_cast<const T*>(rows.logits) + slice.row;
-  T* out = static_cast<T*>(rows.out) + n / rows.T * rows.out_stride_b + n % rows.T * rows.out_stride_t;
-  T* to = out + slice.head + int64_t(slice.first) * kSize;
-  const bool together = lies_together<T, kSize>(to);
+  Out* out = static_cast<Out*>(rows.out) + n / rows.T * rows.out_stride_b + n % rows.T * rows.out_stride_t;
+  Out* to = out + slice.head + int64_t(slice.first) * kSize;
+  const bool together = lies_together<Out, kSize>(to);
   const uint4* body = reinterpret_cast<const uint4*>(row + slice.head) + slice.first;
   const int from_head = static_cast<int>(id) - slice.head;
   const int target_vector = sampled && from_head >= 0 ? from_head / kSize - slice.first : -1;
@@ -104,12 +104,12 @@ cudaError_t rows_of(const Rows& rows, const Layout& layout, const LogProbsOp& op
                                   : launch_resident<T, T, false, false, false>(rows, op, layout, stream);
 }
 
-template <typename T>
+template <typename T, typename Out>
 cudaError_t gradient_of(const Rows& rows, const LogProbs& results, const float* d_logps, const float* d_entropies,
                         cudaStream_t stream) {
   const bool softcap = rows.options.has_softcap, tilt = d_entropies != nullptr;
-  const auto kernel = softcap ? (tilt ? gradient_kernel<T, true, true> : gradient_kernel<T, true, false>)
-                              : (tilt ? gradient_kernel<T, false, true> : gradient_kernel<T, false, false>);
+  const auto kernel = softcap ? (tilt ? gradient_kernel<T, Out, true, true> : gradient_kernel<T, Out, true, false>)
+                              : (tilt ? gradient_kernel<T, Out, false, true> : gradient_kernel<T, Out, false, false>);
   const int64_t a_block = int64_t(kThreads) * kVectorsAThread * Vector<T>::kSize;
   const int64_t slices = (rows.V + a_block - 1) / a_block;
   const dim3 grid(rows.count, static_cast<unsigned>(slices < 65535 ? slices : 65535));
@@ -131,10 +131,21 @@ cudaError_t log_probs_rows(const Rows& rows, const Layout& layout, const LogProb
 
 cudaError_t log_probs_gradient(const Rows& rows, const LogProbs& results, const float* d_logps,
                                const float* d_entropies, cudaStream_t stream) {
+  const auto launch = [&](auto logit, auto gradient) {
+    return gradient_of<decltype(logit), decltype(gradient)>(rows, results, d_logps, d_entropies, stream);
+  };
+  if (rows.dtype == DType::kFloat32) {
+    switch (rows.out_dtype) {
+      case DType::kFloat32: return launch(float(), float());
+      case DType::kBFloat16: return launch(float(), __nv_bfloat16());
+      case DType::kFloat16: return launch(float(), __half());
+      default: return cudaErrorInvalidValue;
+    }
+  }
+  if (rows.out_dtype != rows.dtype) return cudaErrorInvalidValue;
   switch (rows.dtype) {
-    case DType::kFloat32: return gradient_of<float>(rows, results, d_logps, d_entropies, stream);
-    case DType::kBFloat16: return gradient_of<__nv_bfloat16>(rows, results, d_logps, d_entropies, stream);
-    case DType::kFloat16: return gradient_of<__half>(rows, results, d_logps, d_entropies, stream);
+    case DType::kBFloat16: return launch(__nv_bfloat16(), __nv_bfloat16());
+    case DType::kFloat16: return launch(__half(), __half());
     default: return cudaErrorInvalidValue;
   }
 }

@@ -5,7 +5,6 @@ _Tensor = tuple[int, int]
 
 architectures: str
 cuda_version: str
-RESULTS: int
 PARTIAL: int
 
 class Layout:
@@ -37,7 +36,7 @@ class Rows:
     ) -> None: ...
 
 def error_string(code: int) -> str: ...
-def grpo_loss(
+def grpo_loss_rows(
     *,
     device: int,
     stream: int,
@@ -57,7 +56,9 @@ def grpo_loss(
     reduction: int,
     divisor: float,
     num_items: _Tensor,
+    token_weights: _Tensor,
     entropy_coef: float,
+    entropy_items: _Tensor,
     old_logps: _Tensor,
     ref_logps: _Tensor,
     entropy_threshold: _Tensor,
@@ -72,13 +73,35 @@ def grpo_loss(
     beta: float,
     tau_pos: float,
     tau_neg: float,
-    per_token: int,
+    plan_values: int,
     kept: int,
     zero_std: int,
-    scalars: int,
-    partials: int,
+    d_entropy: int,
     logps: int,
     entropies: int,
+    losses: int,
+    kls: int,
+    ratios: int,
+    clips: int,
+) -> int: ...
+def sum_rows(
+    *,
+    device: int,
+    stream: int,
+    count: int,
+    T: int,
+    N: int,
+    mask: _Tensor,
+    ends: _Tensor,
+    entropy_mask: _Tensor,
+    entropies: int,
+    losses: int,
+    kls: int,
+    ratios: int,
+    clips: int,
+    zero_std: int,
+    entropy_coef: float,
+    partials: int,
     results: int,
 ) -> int: ...
 def log_probs(

@@ -22,9 +22,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "group_advantages": ("torch",),
     "selective_log_softmax": ("cuda", "triton", "torch"),
     "grpo_loss": ("cuda", "triton", "torch"),
-    "linear_selective_log_softmax": ("torch",),
-    "linear_grpo_loss": ("torch",),
-    "linear_cross_entropy": ("torch",),
+    "linear_selective_log_softmax": ("cuda", "triton", "torch"),
+    "linear_grpo_loss": ("cuda", "triton", "torch"),
+    "linear_cross_entropy": ("cuda", "triton", "torch"),
     "linear_distillation_loss": ("torch",),
 }
 

@@ -62,7 +62,9 @@ def stays(row_bytes: int, device: int) -> bool:
     return found.stages * found.chunk_bytes * found.cluster >= row_bytes
 
 
-def grpo_loss_fwd(
+def grpo_loss_rows(
+    rows: tuple[Tensor, ...],
+    zero_std: Tensor | None,
     out: Tensor | None,
     logits: Tensor,
     completion_ids: Tensor,
@@ -76,6 +78,8 @@ def grpo_loss_fwd(
     sampler_ratio: Tensor | None,
     entropy_threshold: Tensor | None,
     num_items: Tensor | None,
+    token_weights: Tensor | None,
+    entropy_items: Tensor | None,
     *,
     group_size: int,
     divisor: float,
@@ -95,8 +99,8 @@ def grpo_loss_fwd(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``grpo_fast.kernels.grpo_loss.grpo_loss_fwd``.
+) -> None:
+    """As ``grpo_fast.kernels.grpo_loss.grpo_loss_rows``.
 
     For float32 logits ``out`` may also be of half precision, and then each row begin where the logits' row does.
 
@@ -109,19 +113,15 @@ def grpo_loss_fwd(
     B = logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
     divisor *= max({"sequences": B, "sequence_tokens": B, "positions": B * T}.get(reduction, 1), 1)
     ends = None if cu_seqlens is None else cu_seqlens[1:]
-    logps, entropies = (logits.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
-    per_token = logits.new_empty(7, N, dtype=torch.float32)
+    plan_values = logits.new_empty(3, N, dtype=torch.float32)
     kept = None if mask is None and ends is None else logits.new_empty(N, dtype=torch.uint8)
-    zero_std = None if rewards is None else logits.new_empty(B, dtype=torch.float32)
-    scalars = logits.new_empty(2, dtype=torch.float32)
-    partials = logits.new_empty(max(B, 1), _C.PARTIAL, dtype=torch.float32)
-    results = logits.new_empty(_C.RESULTS, dtype=torch.float32)
-    device = logits.device.index
-    row_bytes = V * logits.element_size()
+    d_entropy = logits.new_empty((), dtype=torch.float32)
+    device, row_bytes = logits.device.index, V * logits.element_size()
     shared = out is not None and out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
     if shared and not stays(row_bytes, device):
         raise ValueError(f"out: got the logits' memory with rows of {row_bytes} bytes, want memory of its own")
-    error = _C.grpo_loss(
+    logps, entropies, losses, kls, ratios, clips = (x.data_ptr() for x in rows)
+    error = _C.grpo_loss_rows(
         device=device,
         stream=torch.cuda.current_stream(device).cuda_stream,
         rows=_rows(logits, out, completion_ids, temperature, logit_scale, softcap),
@@ -140,7 +140,9 @@ def grpo_loss_fwd(
         reduction=REDUCTIONS.get(reduction, 0),
         divisor=divisor,
         num_items=_values(num_items),
+        token_weights=_values(token_weights),
         entropy_coef=entropy_coef,
+        entropy_items=_values(entropy_items),
         old_logps=_values(old_logps),
         ref_logps=_values(ref_logps),
         entropy_threshold=_values(entropy_threshold),
@@ -155,17 +157,55 @@ def grpo_loss_fwd(
         beta=beta,
         tau_pos=tau_pos,
         tau_neg=tau_neg,
-        per_token=per_token.data_ptr(),
+        plan_values=plan_values.data_ptr(),
         kept=_address(kept),
         zero_std=_address(zero_std),
-        scalars=scalars.data_ptr(),
-        partials=partials.data_ptr(),
-        logps=logps.data_ptr(),
-        entropies=entropies.data_ptr(),
-        results=results.data_ptr(),
+        d_entropy=d_entropy.data_ptr(),
+        logps=logps,
+        entropies=entropies,
+        losses=losses,
+        kls=kls,
+        ratios=ratios,
+        clips=clips,
     )
     _check(error, "grpo_loss", logits)
-    return results, logps, entropies
+
+
+def sum_rows(
+    results: Tensor,
+    rows: tuple[Tensor, ...],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    entropy_mask: Tensor | None,
+    zero_std: Tensor | None,
+    B: int,
+    T: int,
+    has_kl: bool,
+    entropy_coef: float,
+) -> None:
+    """As ``grpo_fast.kernels._results.sum_rows``."""
+    _, entropies, losses, kls, ratios, clips = rows
+    partials = results.new_empty(max(B, 1) * _C.PARTIAL + 1)
+    error = _C.sum_rows(
+        device=results.device.index,
+        stream=torch.cuda.current_stream(results.device).cuda_stream,
+        count=B,
+        T=T,
+        N=losses.numel(),
+        mask=_values(mask),
+        ends=_values(None if cu_seqlens is None else cu_seqlens[1:]),
+        entropy_mask=_values(entropy_mask),
+        entropies=entropies.data_ptr(),
+        losses=losses.data_ptr(),
+        kls=kls.data_ptr() if has_kl else 0,
+        ratios=ratios.data_ptr(),
+        clips=clips.data_ptr(),
+        zero_std=_address(zero_std),
+        entropy_coef=entropy_coef,
+        partials=partials.data_ptr(),
+        results=results.data_ptr(),
+    )
+    _check(error, "sum_rows", losses)
 
 
 def selective_log_softmax_fwd(
@@ -204,7 +244,7 @@ def selective_log_softmax_bwd(
     index: Tensor,
     mask: Tensor | None,
     logps: Tensor,
-    entropies: Tensor,
+    entropies: Tensor | None,
     shifts: Tensor,
     totals: Tensor,
     d_logps: Tensor,
@@ -221,7 +261,7 @@ def selective_log_softmax_bwd(
             rows=_rows(logits, out, index, temperature, logit_scale, softcap),
             kept=_address(mask),
             logps=logps.data_ptr(),
-            entropies=entropies.data_ptr(),
+            entropies=_address(entropies),
             shifts=shifts.data_ptr(),
             totals=totals.data_ptr(),
             d_logps=d_logps.data_ptr(),
@@ -275,7 +315,7 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _check(error: int, op: str, logits: Tensor) -> None:
+def _check(error: int, op: str, x: Tensor) -> None:
     if error != 0:
-        shape = f"logits {tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')} on {logits.device}"
+        shape = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
         raise RuntimeError(f"impl='cuda': {op} of {shape}: CUDA error {error}, {_C.error_string(error)}")

@@ -54,11 +54,13 @@ def logps_and_entropy_ref(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of ``index`` (...,) and the entropy in nats under softmax(``logits`` (..., V)).
 
     An index outside [0, V) gives NaN; positions where ``mask`` (...,) is 0 give 0 and no gradient, whatever
-    they hold. A logit of -inf is a banned token: probability 0, no gradient, nothing added to the entropy.
+    they hold. A logit of -inf is a banned token: probability 0, no gradient, nothing added to the entropy. With
+    ``label_smoothing`` s the log-prob becomes (1 - s) logp + s times the mean log-prob of all V tokens.
     """
     z = logits.to(accumulation_dtype(logits))
     if mask is not None:
@@ -66,6 +68,8 @@ def logps_and_entropy_ref(
     log_p = torch.log_softmax(_scaled_logits(z, temperature, logit_scale, softcap), dim=-1)
     inside = (index >= 0) & (index < logits.size(-1))
     logps = log_p.gather(-1, torch.where(inside, index, 0).long().unsqueeze(-1)).squeeze(-1)
+    if label_smoothing:
+        logps = (1 - label_smoothing) * logps + label_smoothing * log_p.mean(-1)
     logps = torch.where(inside, logps, torch.nan)
     # 0 log 0 = 0, in the gradient too: the -inf is replaced before it meets a product.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
@@ -114,6 +118,7 @@ def linear_logps_ref(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``logps_and_entropy_ref`` of the logits ``hidden`` (..., H) @ ``weight`` (V, H)^T + ``bias`` (V,).
@@ -126,7 +131,12 @@ def linear_logps_ref(
 
     def chunk(h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         return logps_and_entropy_ref(
-            project(h, w, b), ids, temperature=temperature, logit_scale=logit_scale, softcap=softcap
+            project(h, w, b),
+            ids,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            label_smoothing=label_smoothing,
         )
 
     logps, entropy = map_rows(
@@ -287,20 +297,23 @@ def _vespo_weight(
     return torch.exp(decay + k * log_w - decay * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _reduce(per_token: Tensor, sequences: Sequences, num_items: float | Tensor | None, c: GRPOLossConfig) -> Tensor:
+def token_weights(sequences: Sequences, num_items: float | Tensor | None, c: GRPOLossConfig) -> Tensor:
+    """What each token's term is multiplied by in the sum over all tokens: a scalar, or per token."""
+    one = sequences.lengths.new_ones(())
     count = max(sequences.count, 1)  # an empty batch has loss 0
     if c.loss_type in ("grpo", "sapo"):
-        return sequences.mean(per_token).sum() / count
+        return sequences.spread(one / (sequences.lengths.clamp(min=1.0) * count))
     if c.loss_type == "luspo":
-        return sequences.sum(per_token).sum() / count
+        return one / count
     if c.loss_type == "dr_grpo":
         length = sequences.width if c.max_completion_length is None else c.max_completion_length
         assert length is not None  # the ops refuse packed input without it
-        return sequences.total(per_token) / (count * max(length, 1))
+        return one / (count * max(length, 1))
     if c.loss_type == "bnpo" or num_items is None:
-        return sequences.total(per_token) / sequences.lengths.sum().clamp(min=1.0)
-    items = torch.as_tensor(num_items, dtype=per_token.dtype, device=per_token.device)
-    return sequences.total(per_token) / items.clamp(min=1.0)
+        return one / sequences.lengths.sum().clamp(min=1.0)
+    if isinstance(num_items, Tensor):
+        return one / num_items.to(one.dtype).clamp(min=1.0)
+    return one / max(float(num_items), 1.0)
 
 
 def grpo_loss_ref(
@@ -367,7 +380,7 @@ def grpo_loss_ref(
             kl = kl * ratio
         per_token = policy + c.beta * kl
 
-    policy_loss = _reduce(per_token, sequences, num_items_in_batch, c)
+    policy_loss = sequences.total(per_token * token_weights(sequences, num_items_in_batch, c))
     loss = policy_loss
     if c.entropy_coef != 0.0:
         bonus = torch.where(chosen, entropy, 0.0).sum() / chosen.sum().clamp(min=1)

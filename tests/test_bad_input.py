@@ -62,6 +62,8 @@ HEAD_ERRORS = [
     ({"weight": x(1, H)}, "vocabulary: got V = 1, want at least 2"),
     ({"weight": x(V, H).to("meta")}, "weight: got a tensor on meta, want cpu like the others"),
     ({"bias": x(V + 1)}, r"bias: got shape \(8,\), want \(V,\) = \(7,\)"),
+    ({"workspace_bytes": 0}, "workspace_bytes: got 0, want at least 1"),
+    ({"workspace_bytes": 1e9}, "workspace_bytes: got 1000000000.0, want an int or None"),
     *LOGITS_OPTIONS,
     *SCALE_OPTIONS,
 ]
@@ -104,7 +106,23 @@ LOSS_ERRORS = [
     ),
     ({"config": {"beta": 0}}, "config: got dict, want a GRPOLossConfig"),
 ]
+WEIGHT_GRAD_ERRORS = [
+    ({"weight_grad_out": x(V, H).half()}, "weight_grad_out: got dtype float16, want float32"),
+    ({"weight_grad_out": x(H, V)}, r"weight_grad_out: got shape \(3, 7\), want \(V, H\) = \(7, 3\)"),
+    ({"weight_grad_out": x(V, H), "impl": "torch"}, "weight_grad_out: got one, want None where the gradients"),
+]
+REFERENCE_ERRORS = [
+    ({"ref_hidden": x(B, T, 2)}, "ref_weight: got None with ref_hidden"),
+    ({"ref_weight": x(V, 2)}, "ref_weight: got one without ref_hidden"),
+    ({"ref_bias": x(V)}, "ref_bias: got one without ref_hidden"),
+    ({"ref_hidden": x(B, T, 2), "ref_weight": x(V, 3)}, r"ref_weight: got shape \(7, 3\), want \(V, ref_H\)"),
+    ({"ref_hidden": x(B, T, 2), "ref_weight": x(V + 1, 2)}, r"ref_weight: got shape \(8, 2\)"),
+    ({"ref_hidden": x(B, T, 2), "ref_weight": x(V, 2), "ref_logps": x(B, T)}, "ref_hidden: got one beside ref_logps"),
+    ({"metrics": "some"}, "metrics: got 'some', want one of all, active"),
+]
 LABEL_ERRORS = [
+    ({"label_smoothing": 1.0}, "label_smoothing: got 1.0, want at least 0 and less than 1"),
+    ({"label_smoothing": None}, "label_smoothing: got None, want a number"),
     ({"labels": x(B, T)}, "labels: got dtype float32"),
     ({"labels": ints(T)}, "labels: got shape"),
     ({"ignore_index": None}, "ignore_index: got None, want an int"),
@@ -172,8 +190,8 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         *SCALE_OPTIONS,
     ],
     "linear_selective_log_softmax": [*HEAD_ERRORS, *INDEX_ERRORS],
-    "linear_grpo_loss": [*HEAD_ERRORS, *LOSS_ERRORS],
-    "linear_cross_entropy": [*HEAD_ERRORS, *LABEL_ERRORS],
+    "linear_grpo_loss": [*HEAD_ERRORS, *LOSS_ERRORS, *WEIGHT_GRAD_ERRORS, *REFERENCE_ERRORS],
+    "linear_cross_entropy": [*HEAD_ERRORS, *LABEL_ERRORS, *WEIGHT_GRAD_ERRORS],
     "linear_distillation_loss": DISTILLATION_ERRORS,
 }  # fmt: skip
 

@@ -120,14 +120,17 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVID
 
 def launch(out: torch.Tensor | None, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Log-probs of the policy gradient's simplest loss: the sum of -advantage * ratio, advantages 1 to B."""
-    _, logps, _ = cuda.grpo_loss_fwd(
+    rows = torch.full((6, ids.numel()), torch.nan, device="cuda").unbind()
+    cuda.grpo_loss_rows(
+        rows,
+        None,
         out,
         logits,
         ids,
         None,
         None,
         torch.arange(1.0, logits.size(0) + 1, device="cuda"),
-        *[None] * 7,
+        *[None] * 9,
         group_size=1,
         divisor=1.0,
         term="clipped",
@@ -147,7 +150,7 @@ def launch(out: torch.Tensor | None, logits: torch.Tensor, ids: torch.Tensor) ->
         logit_scale=1.0,
         softcap=None,
     )
-    return logps
+    return rows[0].view(ids.shape)
 
 
 @on_gpu
@@ -179,7 +182,7 @@ def test_a_launch_that_fails_says_what_it_was_for(monkeypatch: pytest.MonkeyPatc
     """A block with more shared memory than there is."""
     logits, ids = torch.randn(1, 2, 100, device="cuda"), torch.zeros(1, 2, dtype=torch.int64, device="cuda")
     monkeypatch.setattr(cuda, "layout", lambda *_: _C.Layout(1, 16, 60))
-    message = r"impl='cuda': grpo_loss of logits \(1, 2, 100\) float32 on cuda:0: CUDA error \d+, "
+    message = r"impl='cuda': grpo_loss of \(1, 2, 100\) float32 on cuda:0: CUDA error \d+, "
     with pytest.raises(RuntimeError, match=message):
         launch(torch.empty_like(logits), logits, ids)
     monkeypatch.undo()
@@ -191,5 +194,5 @@ def test_without_a_gpu_cuda_says_so() -> None:
     arguments = dict.fromkeys(("logps", "entropies", "shifts", "totals"), 64)
     error = _C.log_probs(device=0, stream=0, rows=_C.Rows(**ROWS), layout=_C.Layout(1, 8, 4), kept=0, **arguments)
     assert error != 0
-    with pytest.raises(RuntimeError, match=r"impl='cuda': grpo_loss of logits \(2, 3\) float32 on cpu: CUDA error"):
+    with pytest.raises(RuntimeError, match=r"impl='cuda': grpo_loss of \(2, 3\) float32 on cpu: CUDA error"):
         cuda._check(error, "grpo_loss", torch.zeros(2, 3))

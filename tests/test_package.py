@@ -22,7 +22,7 @@ ALLOWED = {
     "backend": set(),
     "cuda": {"_C", ""},
     "kernels": {"kernels"},
-    "ops": {"ops", "backend", "config", "reference", "kernels"},
+    "ops": {"ops", "backend", "config", "reference", "kernels", "cuda", ""},
     "train": {"train", "ops", "backend", "version", ""},
     "__init__": {"ops", "config", "version"},
 }

@@ -7,27 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._library import launchers, mutating_op, overwritten
+from grpo_fast.ops._library import mutating_op, overwritten
+from grpo_fast.ops._row_kernels import row_kernels
 
 
 class KnownGradientFunction(torch.autograd.Function):
-    """``apply(x, gradient, loss, impl)`` is ``loss``, with ``gradient`` as its gradient by ``x``, for one backward.
+    """``apply(loss, impl, x, gradient, ...)`` is ``loss``, with ``gradient`` as its gradient by ``x``, once.
 
-    The backward scales ``gradient`` in place, so a second one is refused by autograd's own check.
+    Any number of such pairs. The backward scales each ``gradient`` in place, so a second one is refused by autograd's
+    own check; what is kept in another precision than its ``x`` is rounded after.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor, loss: Tensor, impl: str) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, loss: Tensor, impl: str, *pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(*pairs[1::2])
+        ctx.dtypes = [x.dtype for x in pairs[::2]]
         ctx.impl = impl
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        _scale_gradient(gradient, upstream, ctx.impl)
-        overwritten(gradient)
-        return gradient, None, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None, None]
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            _scale_gradient(gradient[(None,) * (3 - gradient.dim())], upstream, ctx.impl)
+            overwritten(gradient)
+            grads += [gradient.to(dtype), None]
+        return tuple(grads)
 
 
 def _fake_scale_gradient(gradient: Tensor, factor: Tensor, impl: str) -> None:
@@ -37,4 +42,4 @@ def _fake_scale_gradient(gradient: Tensor, factor: Tensor, impl: str) -> None:
 @mutating_op("scale_gradient", mutates="gradient", fake=_fake_scale_gradient)
 def _scale_gradient(gradient: Tensor, factor: Tensor, impl: str) -> None:
     """Multiply ``gradient`` (..., V) by the scalar ``factor``, unread on the host; 1 costs only a launch."""
-    launchers("scale_gradient", impl).scale_gradient(gradient, factor)
+    row_kernels(impl).scale_gradient(gradient, factor)

@@ -6,9 +6,7 @@ take longer than its launches do.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,11 +27,6 @@ def mutating_op(name: str, *, mutates: str, fake: Callable[..., Any]) -> Callabl
         return getattr(torch.ops.grpo_fast, name).default
 
     return register
-
-
-def launchers(op: str, impl: str) -> ModuleType:
-    """The module with the launchers of ``op``: the same names and signatures for every ``impl`` with kernels."""
-    return importlib.import_module("grpo_fast.cuda" if impl == "cuda" else f"grpo_fast.kernels.{op}")
 
 
 def gradient_buffer(x: Tensor) -> Tensor:

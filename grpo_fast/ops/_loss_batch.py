@@ -57,8 +57,8 @@ class LossBatch:
     def __post_init__(self) -> None:
         self.token_dims = ("B", "T") if self.cu_seqlens is None else ("N",)
 
-    def check(self, shapes: Shapes) -> None:
-        """Raise ValueError or TypeError for the first argument that is wrong."""
+    def check(self, shapes: Shapes, *, ref_logps_follow: bool = False) -> None:
+        """Raise ValueError or TypeError for the first argument that is wrong; ``ref_logps`` may follow later."""
         c, token = self.config, self.token_dims
         if not isinstance(c, GRPOLossConfig):
             raise TypeError(f"config: got {type(c).__name__}, want a GRPOLossConfig")
@@ -68,7 +68,7 @@ class LossBatch:
         self._check_advantages(shapes)
         for name in ("old_logps", "ref_logps", "sampling_logps"):
             shapes.optional(name, getattr(self, name), token)
-        if c.beta != 0.0 and self.ref_logps is None:
+        if c.beta != 0.0 and self.ref_logps is None and not ref_logps_follow:
             raise ValueError(f"ref_logps: got None with beta={c.beta}, want the reference model's log-probs")
         shapes.optional("importance_sampling_ratio", self.importance_sampling_ratio, token, ("B",), ("B", 1))
         shapes.optional("entropy_mask", self.entropy_mask, token, dtypes=MASKS)
@@ -126,6 +126,37 @@ class LossBatch:
                 f"num_items_in_batch: got one with loss_type={self.config.loss_type!r}, which does not divide by it; "
                 "want None, or loss_type dapo, cispo or vespo"
             )
+
+    @property
+    def counts_everything(self) -> bool:
+        """Whether no token can be masked."""
+        return self.completion_mask is None and self.cu_seqlens is None
+
+    def is_known_by_token(self) -> bool:
+        """Whether a token's loss and gradient follow from its own row of logits."""
+        c = self.config
+        return (
+            c.importance_sampling_level == "token"
+            and c.loss_type != "vespo"
+            and c.off_policy_mask_threshold is None
+            and (c.entropy_coef == 0.0 or self.entropy_threshold is None)  # a mean over those it selects
+        )
+
+    def live(self, sequences: Sequences) -> Tensor | None:
+        """Per token, bool: where the gradient is not known to be 0 before the log-probs are. None: everywhere."""
+        chosen = None if self.entropy_mask is None else self.entropy_mask.bool()
+        if self.config.beta != 0.0:
+            return None
+        live = chosen
+        if self.config.entropy_coef == 0.0:
+            live = sequences.per_token(self.group_advantages()[0]) != 0
+            if self.importance_sampling_ratio is not None:
+                live = live & (sequences.per_token(self.importance_sampling_ratio, 1.0) != 0)
+            if chosen is not None:
+                live = live & chosen
+        if live is None or self.is_known_by_token():
+            return live
+        return sequences.spread(sequences.sum(live.to(sequences.dtype)) > 0)  # a sequence's tokens need each other
 
     def sequences(self, dtype: torch.dtype) -> Sequences:
         """The layout of the per-token tensors."""

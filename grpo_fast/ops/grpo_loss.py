@@ -8,30 +8,17 @@ import torch
 from torch import Tensor
 
 from grpo_fast import backend
-from grpo_fast.config import CLIPPED_LOSSES, GRPOLossConfig
+from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_logits_options, check_vocabulary
 from grpo_fast.ops._known_gradient import KnownGradientFunction
-from grpo_fast.ops._library import gradient_buffer, launchers, mutating_op, overwritten
+from grpo_fast.ops._library import gradient_buffer, mutating_op, overwritten
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
+from grpo_fast.ops._row_kernels import row_kernels
+from grpo_fast.ops._token_loss import METRICS, name_results, term_options, threshold_tensor
 from grpo_fast.ops.selective_log_softmax import fused_logps_and_entropy
 from grpo_fast.reference import accumulation_dtype, logps_and_entropy_ref
 
 _DEFAULT = GRPOLossConfig()
-#: What the kernel's results hold after the loss, in order.
-METRICS = (
-    "policy_loss",
-    "num_active_tokens",
-    "entropy",
-    "kl",
-    "ratio/mean",
-    "ratio/max",
-    "clip_ratio/low_mean",
-    "clip_ratio/low_min",
-    "clip_ratio/high_mean",
-    "clip_ratio/high_max",
-    "clip_ratio/region_mean",
-    "frac_reward_zero_std",
-)
 
 
 def grpo_loss(
@@ -122,7 +109,7 @@ def grpo_loss(
     check_logits_options(temperature, logit_scale, softcap)
 
     implementation = backend.choose("grpo_loss", impl, logits)
-    if implementation != "torch" and _is_known_by_token(batch):
+    if implementation != "torch" and batch.is_known_by_token():
         return _fused(logits, batch, temperature, logit_scale, softcap, overwrite_logits, implementation)
     # The loss needs every token's log-prob first: log-probs, the reference on (B, T) values, then the gradient.
     sequences = batch.sequences(accumulation_dtype(logits))
@@ -150,17 +137,6 @@ def grpo_loss(
     return batch.loss(logps, entropy, sequences)
 
 
-def _is_known_by_token(batch: LossBatch) -> bool:
-    """Whether a token's loss and gradient follow from its own row of logits."""
-    c = batch.config
-    return (
-        c.importance_sampling_level == "token"
-        and c.loss_type != "vespo"
-        and c.off_policy_mask_threshold is None
-        and (c.entropy_coef == 0.0 or batch.entropy_threshold is None)  # the bonus is a mean over those it selects
-    )
-
-
 def _fused(
     logits: Tensor,
     batch: LossBatch,
@@ -180,13 +156,7 @@ def _fused(
     needs_gradient = logits.requires_grad and torch.is_grad_enabled()
     source = rows.detach()
     gradient = (source if overwrite_logits else gradient_buffer(source)) if needs_gradient else None
-    low, high = 1.0 - c.epsilon_low, 1.0 + c.clip_high
-    if c.loss_type == "cispo" and c.cispo_bounds == "absolute":
-        low, high = 0.0, c.clip_high
     reduction, divisor, num_items = _reduction(batch)
-    threshold = batch.entropy_threshold
-    if isinstance(threshold, (int, float)):
-        threshold = torch.full((), threshold, device=logits.device)
     results, logps, entropy = _grpo_loss(
         gradient,
         None if overwrite_logits and needs_gradient else source,
@@ -204,43 +174,28 @@ def _fused(
                 batch.importance_sampling_ratio,
             )
         ),
-        threshold,
+        threshold_tensor(batch),
         num_items,
         group_size=group_size or 1,
         divisor=divisor,
-        term=c.loss_type if c.loss_type in ("cispo", "sapo") else "clipped",
         reduction=reduction,
-        low=low,
-        high=high,
-        delta=c.delta,
-        dual_clip=c.dual_clip,
-        beta=c.beta,
-        kl_estimator=c.kl_estimator,
-        bias_correction=c.use_bias_correction_kl,
-        tau_pos=c.sapo_temperature_pos,
-        tau_neg=c.sapo_temperature_neg,
-        entropy_coef=c.entropy_coef,
         scale_rewards=c.scale_rewards,
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
+        **term_options(c),
         impl=impl,
     )
     if gradient is not None:
         overwritten(gradient)
-    loss, *values = results.unbind()
-    metrics = {name: value for name, value in zip(METRICS, values, strict=True) if _has_metric(name, batch)}
-    if c.loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = metrics.pop("clip_ratio/high_mean")
-    if zero_std is not None:
-        metrics["frac_reward_zero_std"] = zero_std
+    loss, metrics = name_results(results, batch, zero_std)
     if gradient is not None:
-        loss = KnownGradientFunction.apply(rows, gradient, loss, impl)
+        loss = KnownGradientFunction.apply(loss, impl, rows, gradient)
     return GRPOLossOutput(loss, logps, entropy, metrics)
 
 
 def _reduction(batch: LossBatch) -> tuple[str, float, Tensor | None]:
-    """What the sum over tokens is divided by, as ``grpo_loss_fwd`` takes it."""
+    """What the sum over tokens is divided by, as ``grpo_loss_rows`` takes it."""
     c, items = batch.config, batch.num_items_in_batch
     if c.loss_type in ("grpo", "sapo"):
         return "sequence_tokens", 1.0, None
@@ -254,17 +209,6 @@ def _reduction(batch: LossBatch) -> tuple[str, float, Tensor | None]:
     if isinstance(items, Tensor):
         return "constant", 1.0, items
     return "constant", max(float(items), 1.0), None
-
-
-def _has_metric(name: str, batch: LossBatch) -> bool:
-    c = batch.config
-    if name == "kl":
-        return c.beta != 0.0
-    if name == "frac_reward_zero_std":
-        return batch.rewards is not None and batch.group_size is not None
-    if name == "clip_ratio/high_mean":
-        return c.loss_type != "sapo"
-    return c.loss_type in CLIPPED_LOSSES or not name.startswith("clip_ratio")
 
 
 def _fake_grpo_loss(
@@ -312,7 +256,16 @@ def _grpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss and metrics, logps, entropy); ``gradient`` holds the logits where ``logits`` is None."""
     source = gradient if logits is None else logits
-    results: tuple[Tensor, Tensor, Tensor] = launchers("grpo_loss", impl).grpo_loss_fwd(
+    assert source is not None
+    B = source.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
+    logps, entropy = (source.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
+    rows = (logps, entropy, *source.new_empty(4, completion_ids.numel(), dtype=torch.float32))
+    zero_std = None if rewards is None else source.new_empty(B, dtype=torch.float32)
+    results = source.new_empty(1 + len(METRICS), dtype=torch.float32)
+    kernels = row_kernels(impl)
+    kernels.loss_rows(
+        rows,
+        zero_std,
         gradient,
         source,
         completion_ids,
@@ -326,6 +279,8 @@ def _grpo_loss(
         sampler_ratio,
         entropy_threshold,
         num_items,
+        None,
+        None,
         group_size=group_size,
         divisor=divisor,
         term=term,
@@ -345,4 +300,7 @@ def _grpo_loss(
         logit_scale=logit_scale,
         softcap=softcap,
     )
-    return results
+    kernels.sum_rows(
+        results, rows, mask, cu_seqlens, entropy_mask, zero_std, B, source.size(1), beta != 0.0, entropy_coef
+    )
+    return results, logps, entropy

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from grpo_fast import backend
+from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import FLOATS, IDS, Shapes, check_choice, check_logits_options, check_positive
-from grpo_fast.ops.linear_selective_log_softmax import check_head
-from grpo_fast.reference import linear_logps_ref
+from grpo_fast.ops._chunks import check_workspace, wanted
+from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss
+from grpo_fast.ops._token_loss import term_options
+from grpo_fast.ops.linear_selective_log_softmax import as_rows, check_head, linear_logps, most_precise
+
+#: With advantage 1 and a ratio of 1, the term is -logp.
+_CROSS_ENTROPY = GRPOLossConfig(loss_type="cispo", epsilon_high=1.0)
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -21,14 +28,21 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     num_items_in_batch: float | Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    weight_grad_out: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    allow_sync: bool = True,
     impl: str | None = None,
 ) -> Tensor:
     """Cross entropy of the logits ``hidden @ weight.T + bias``, which are computed in chunks and dropped.
+
+    With a reduction, the kernels have loss and gradients from one sweep over the chunks, like ``linear_grpo_loss``:
+    at most three matrix products, and one backward. ``"none"`` is ``linear_selective_log_softmax``, with a fourth.
 
     Args:
         hidden: (..., H) float; ``hidden[..., t, :]`` predicts ``labels[..., t]``: shift before the call.
@@ -36,9 +50,12 @@ def linear_cross_entropy(
         labels: (...,) int; ``ignore_index`` is not projected and adds nothing. Others outside [0, V) give NaN.
         bias: (V,) float.
         ignore_index: The label to skip.
+        label_smoothing: In [0, 1): the weight of the mean over the vocabulary beside the label, as in
+            ``torch.nn.functional.cross_entropy``. The kernels have it without ``softcap`` only.
         reduction: ``"mean"`` over the labels that count (0 when there are none), ``"sum"``, or ``"none"``.
         num_items_in_batch: With ``"mean"``, the number to divide by instead, a number or a 0-d tensor.
         temperature, logit_scale, softcap, impl: As in ``selective_log_softmax``.
+        weight_grad_out, workspace_bytes, allow_sync: As in ``linear_grpo_loss``; the first needs a reduction.
 
     Returns:
         A scalar, or (...,) with ``"none"``, in nats; float32, or float64 for float64 inputs.
@@ -56,20 +73,50 @@ def linear_cross_entropy(
     check_choice("reduction", reduction, get_args(Reduction))
     check_num_items(shapes, num_items_in_batch, reduction)
     check_logits_options(temperature, logit_scale, softcap)
-    backend.choose("linear_cross_entropy", impl, hidden)
+    _check_label_smoothing(label_smoothing)
+    workspace = check_workspace(workspace_bytes)
+    implementation = backend.choose("linear_cross_entropy", impl, most_precise(hidden, weight))
+    if implementation != "torch" and label_smoothing and softcap is not None:
+        raise ValueError(f"label_smoothing: got {label_smoothing} with a softcap, want 0 or impl='torch'")
+    in_one_sweep = implementation != "torch" and reduction != "none"
+    check_weight_grad_out(shapes, weight_grad_out, possible=in_one_sweep)
 
     mask = labels != ignore_index
-    logps, _ = linear_logps_ref(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        mask=mask,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
+    logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    chunk_options: dict[str, Any] = dict(workspace_bytes=workspace, allow_sync=allow_sync, impl=implementation)
+    chunk_options["label_smoothing"] = label_smoothing
+    if not in_one_sweep:
+        logps, _ = linear_logps(hidden, weight, labels, bias=bias, mask=mask, **logits_options, **chunk_options)
+        return reduce_tokens(-logps, mask, reduction, num_items_in_batch)
+
+    mask = mask.reshape(-1)
+    token_weights = mask / (divisor(mask, num_items_in_batch) if reduction == "mean" else 1.0)
+    needs = wanted(hidden, weight, bias)
+    rows, *gradients = linear_token_loss(
+        weight_grad_out,
+        as_rows(hidden.detach()),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        labels.reshape(-1).contiguous(),
+        mask,
+        None,
+        torch.ones_like(token_weights),
+        token_weights,
+        *[None] * 6,
+        needs=needs,
+        **term_options(_CROSS_ENTROPY),
+        **logits_options,
+        **chunk_options,
     )
-    return reduce_tokens(-logps, mask, reduction, num_items_in_batch)
+    inputs = (hidden, weight, bias)
+    return known_gradients(rows[2].sum(), inputs, gradients, needs, weight_grad_out, implementation)
+
+
+def _check_label_smoothing(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"label_smoothing: got {value!r}, want a number")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"label_smoothing: got {value}, want at least 0 and less than 1")
 
 
 def check_num_items(shapes: Shapes, num_items_in_batch: object, reduction: str) -> None:
@@ -92,6 +139,11 @@ def reduce_tokens(
         return losses
     if reduction == "sum":
         return losses.sum()
+    return losses.sum() / divisor(losses if mask is None else mask.bool(), num_items_in_batch)
+
+
+def divisor(x: Tensor, num_items_in_batch: float | Tensor | None) -> float | Tensor:
+    """What a mean divides by: the given number, or that of the tokens that ``x`` keeps if it is a mask."""
     if num_items_in_batch is not None:
-        return losses.sum() / num_items_in_batch
-    return losses.sum() / (max(losses.numel(), 1) if mask is None else mask.bool().sum().clamp(min=1))
+        return num_items_in_batch
+    return x.sum().clamp(min=1) if x.dtype == torch.bool else max(x.numel(), 1)

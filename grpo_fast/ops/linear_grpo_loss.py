@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
 from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.config import GRPOLossConfig
-from grpo_fast.ops._checks import Shapes, check_logits_options
+from grpo_fast.ops._checks import Shapes, check_choice, check_logits_options
+from grpo_fast.ops._chunks import check_workspace, wanted
+from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss, sum_rows
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
-from grpo_fast.ops.linear_selective_log_softmax import check_head
-from grpo_fast.reference import accumulation_dtype, linear_logps_ref
+from grpo_fast.ops._token_loss import name_results, term_options, threshold_tensor
+from grpo_fast.ops.linear_selective_log_softmax import as_rows, check_head, linear_logps, most_precise
+from grpo_fast.reference import accumulation_dtype, token_weights
+
+Metrics = Literal["all", "active"]
 
 _DEFAULT = GRPOLossConfig()
 
@@ -28,6 +37,9 @@ def linear_grpo_loss(
     group_ids: Tensor | None = None,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     sampling_logps: Tensor | None = None,
     importance_sampling_ratio: Tensor | None = None,
     entropy_mask: Tensor | None = None,
@@ -37,9 +49,22 @@ def linear_grpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     config: GRPOLossConfig = _DEFAULT,
+    metrics: Metrics = "all",
+    weight_grad_out: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    allow_sync: bool = True,
     impl: str | None = None,
 ) -> GRPOLossOutput:
     """``grpo_loss`` of the logits ``hidden @ weight.T + bias``, which are computed in chunks and dropped.
+
+    The kernels have loss and gradients from one sweep over the chunks: a matrix product for the logits, and one each
+    for ``hidden`` and ``weight`` if they require a gradient. Where a sequence has to be known before its tokens' loss
+    (a sequence-level ratio, ``"vespo"``, ``off_policy_mask_threshold``, an entropy bonus over a threshold's tokens),
+    logits are computed for the log-probs first and again for the gradient, in the backward: a product more.
+
+    A token whose gradient is known to be 0 costs one product, for its log-prob. Without KL and entropy bonus those
+    are tokens of advantage 0 (groups of equal rewards), of ``importance_sampling_ratio`` 0, and out of
+    ``entropy_mask``.
 
     Args:
         hidden: (token, H) float: (B, T, H), or (N, H) with ``cu_seqlens``. ``hidden[..., t, :]`` predicts
@@ -49,13 +74,26 @@ def linear_grpo_loss(
         completion_ids: (token) int. An id outside [0, V) that is not masked makes the loss NaN.
         bias: (V,) float.
         completion_mask: (token); positions where it is 0 are not projected.
+        ref_hidden, ref_weight, ref_bias: The reference model's states and head, in place of ``ref_logps``: a matrix
+            product more, if ``config.beta`` is not 0. The other options of the logits are shared.
         cu_seqlens, advantages, rewards, group_size, group_ids, old_logps, ref_logps, sampling_logps,
         importance_sampling_ratio, entropy_mask, entropy_threshold, num_items_in_batch, temperature, logit_scale,
         softcap, config, impl: As in ``grpo_loss``.
+        metrics: ``"active"`` does not project tokens whose gradient is known to be 0 at all: their logps and entropy
+            are 0, and the metrics are over the other tokens. The loss is the same.
+        weight_grad_out: (V, H) float32 that the weight's gradient is added to, without a rounding, in place of
+            ``weight.grad``. That happens in the forward, so the loss must be scaled by its own options
+            (``num_items_in_batch``): an upstream gradient other than 1 is an error on the device. Kernels only.
+        workspace_bytes: What the logits in memory at a time may take, with their gradient; None is 2 GiB. Beside it,
+            a ``weight`` in half precision whose gradient takes several chunks needs (V, H) in float32, unless
+            ``weight_grad_out`` is given. The ``"torch"`` implementation has chunks of its own.
+        allow_sync: The host waits for the GPU to learn how many tokens count. If it may not, or while a CUDA graph is
+            captured, every token is projected; the result is the same.
 
     Returns:
         ``GRPOLossOutput(loss, logps, entropy, metrics)``; the loss is differentiable in ``hidden``, ``weight`` and
-        ``bias``, whichever require it.
+        ``bias``, whichever require it. The kernels compute the gradients along with the loss and hand those buffers
+        out, so they allow one backward.
 
     Raises:
         ValueError, TypeError: An argument is wrong; the message names it.
@@ -80,19 +118,129 @@ def linear_grpo_loss(
     )
     shapes = Shapes()
     check_head(shapes, hidden, weight, bias, batch.token_dims)
-    batch.check(shapes)
+    _check_reference(shapes, batch, ref_hidden, ref_weight, ref_bias)
+    batch.check(shapes, ref_logps_follow=ref_hidden is not None)
     check_logits_options(temperature, logit_scale, softcap)
-    backend.choose("linear_grpo_loss", impl, hidden)
+    check_choice("metrics", metrics, get_args(Metrics))
+    workspace = check_workspace(workspace_bytes)
+    implementation = backend.choose("linear_grpo_loss", impl, most_precise(hidden, weight))
+    fused = implementation != "torch" and batch.is_known_by_token()
+    check_weight_grad_out(shapes, weight_grad_out, possible=fused)
+
+    logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    chunk_options: dict[str, Any] = dict(workspace_bytes=workspace, allow_sync=allow_sync, impl=implementation)
+    if ref_hidden is not None and config.beta != 0.0:
+        assert ref_weight is not None
+        with torch.no_grad():
+            mask = None if batch.counts_everything else batch.sequences(torch.float32).mask
+            batch.ref_logps = linear_logps(
+                ref_hidden, ref_weight, completion_ids, bias=ref_bias, mask=mask, **logits_options, **chunk_options
+            )[0]
+    if fused:
+        return _fused(hidden, weight, bias, batch, metrics, weight_grad_out, logits_options, chunk_options)
 
     sequences = batch.sequences(accumulation_dtype(hidden, weight))
-    logps, entropy = linear_logps_ref(
+    shown = sequences
+    if metrics == "active" and (live := batch.live(sequences)) is not None:
+        batch_shown = replace(batch, completion_mask=sequences.mask & live)
+        shown = batch_shown.sequences(sequences.dtype)
+    logps, entropy = linear_logps(
         hidden,
         weight,
         completion_ids,
         bias=bias,
-        mask=sequences.mask,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
+        mask=None if batch.counts_everything and shown is sequences else shown.mask,
+        return_entropy=True,
+        **logits_options,
+        **chunk_options,
     )
-    return batch.loss(logps, entropy, sequences)
+    out = batch.loss(logps, entropy, sequences)
+    if shown is sequences:
+        return out
+    active = batch_shown.loss(logps.detach(), entropy.detach(), shown).metrics
+    return out._replace(metrics=active | {"policy_loss": out.metrics["policy_loss"]})
+
+
+def _fused(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: LossBatch,
+    metrics: str,
+    weight_grad_out: Tensor | None,
+    logits_options: dict[str, Any],
+    chunk_options: dict[str, Any],
+) -> GRPOLossOutput:
+    """One sweep over the chunks. What concerns the whole batch is made into values by token ahead of it."""
+    c = batch.config
+    sequences = batch.sequences(torch.float32)
+    mask = None if batch.counts_everything else sequences.mask
+    advantages, zero_std = batch.group_advantages()
+    live = batch.live(sequences)
+    if metrics == "active" and live is not None:
+        mask, live = sequences.mask & live, None
+    ratio = batch.importance_sampling_ratio
+    entropy_items = None
+    if c.entropy_coef != 0.0:
+        chosen = sequences.mask if batch.entropy_mask is None else sequences.mask & batch.entropy_mask.bool()
+        entropy_items = chosen.sum().clamp(min=1).float()
+    mask = _flat(mask)
+    entropy_mask = _flat(batch.entropy_mask)
+    needs = wanted(hidden, weight, bias)
+    rows, *gradients = linear_token_loss(
+        weight_grad_out,
+        as_rows(hidden.detach()),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        _flat(batch.completion_ids),
+        mask,
+        _flat(live),
+        _flat(sequences.per_token(advantages)),
+        _flat(token_weights(sequences, batch.num_items_in_batch, c).expand_as(sequences.mask)),
+        _flat(batch.old_logps),
+        _flat(batch.ref_logps) if c.beta != 0.0 else None,
+        entropy_mask,
+        None if ratio is None else _flat(sequences.per_token(ratio, 1.0)),
+        threshold_tensor(batch),
+        entropy_items,
+        needs=needs,
+        label_smoothing=0.0,
+        **term_options(c),
+        **logits_options,
+        **chunk_options,
+    )
+    results = sum_rows(
+        rows,
+        mask,
+        None if batch.cu_seqlens is None else batch.cu_seqlens.contiguous(),
+        entropy_mask,
+        sequences.count,
+        sequences.width or batch.completion_ids.numel(),
+        c.beta != 0.0,
+        c.entropy_coef,
+        chunk_options["impl"],
+    )
+    loss, named = name_results(results, batch, zero_std)
+    loss = known_gradients(loss, (hidden, weight, bias), gradients, needs, weight_grad_out, chunk_options["impl"])
+    logps, entropy = (x.view(batch.completion_ids.shape) for x in rows[:2].clone())
+    return GRPOLossOutput(loss, logps, entropy, named)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1).contiguous()
+
+
+def _check_reference(
+    shapes: Shapes, batch: LossBatch, ref_hidden: object, ref_weight: object, ref_bias: object
+) -> None:
+    """Check that the reference model's log-probs come from one place, and whole."""
+    if ref_hidden is None:
+        for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if x is not None:
+                raise ValueError(f"{name}: got one without ref_hidden, want both or neither")
+        return
+    if ref_weight is None:
+        raise ValueError("ref_weight: got None with ref_hidden, want the reference model's head")
+    if batch.ref_logps is not None:
+        raise ValueError("ref_hidden: got one beside ref_logps, want only one of the two")
+    check_head(shapes, ref_hidden, ref_weight, ref_bias, batch.token_dims, of="ref_")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
+from grpo_fast.ops._chunks import ChunkedHead, Needs, Rows, check_workspace, may_wait
+from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
+from grpo_fast.ops._row_kernels import row_kernels
 from grpo_fast.reference import linear_logps_ref
 
 
@@ -20,9 +26,14 @@ def linear_selective_log_softmax(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    workspace_bytes: int | None = None,
+    allow_sync: bool = True,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``selective_log_softmax`` of the logits ``hidden @ weight.T + bias``.
+
+    The forward is one matrix product. The backward computes the logits again, of the rows whose upstream gradient is
+    not 0, and takes one more product for each of ``hidden`` and ``weight`` that requires a gradient.
 
     Args:
         hidden: (..., H) float, the states that the head turns into logits.
@@ -32,6 +43,10 @@ def linear_selective_log_softmax(
         bias: (V,) float.
         mask: (...,); positions where it is 0 are not projected: their result is 0, and no gradient flows.
         temperature, logit_scale, softcap, return_entropy, impl: As in ``selective_log_softmax``.
+        workspace_bytes: What the logits in memory at a time may take, with their gradient; None is 2 GiB. The
+            ``"torch"`` implementation has chunks of its own.
+        allow_sync: The host waits for the GPU to learn how many positions the mask keeps. If it may not, or while a
+            CUDA graph is captured, every position is projected; the result is the same.
 
     Returns:
         logps (...,), or (logps, entropy); float32, or float64 for float64 inputs. Differentiable in ``hidden``,
@@ -47,8 +62,8 @@ def linear_selective_log_softmax(
     shapes.check("index", index, token_dims, dtypes=IDS)
     shapes.optional("mask", mask, token_dims, dtypes=MASKS)
     check_logits_options(temperature, logit_scale, softcap)
-    backend.choose("linear_selective_log_softmax", impl, hidden)
-    logps, entropy = linear_logps_ref(
+    workspace = check_workspace(workspace_bytes)
+    logps, entropy = linear_logps(
         hidden,
         weight,
         index,
@@ -57,6 +72,10 @@ def linear_selective_log_softmax(
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
+        return_entropy=return_entropy,
+        workspace_bytes=workspace,
+        allow_sync=allow_sync,
+        impl=backend.choose("linear_selective_log_softmax", impl, most_precise(hidden, weight)),
     )
     return (logps, entropy) if return_entropy else logps
 
@@ -69,3 +88,238 @@ def check_head(
     shapes.check(f"{of}weight", weight, ("V", f"{of}H"))
     shapes.optional(f"{of}bias", bias, ("V",))
     check_vocabulary(shapes.dims["V"])
+
+
+def most_precise(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Whichever of the two fixes the precision of the logits."""
+    return weight if weight.dtype == torch.float64 else hidden
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    *,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    workspace_bytes: int,
+    allow_sync: bool,
+    impl: str,
+    return_entropy: bool = False,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(logps, entropy) by ``impl``, over arguments that are checked; the entropy may be empty unless asked for.
+
+    With ``label_smoothing`` the log-probs are those that the reference defines.
+    """
+    if impl == "torch":
+        return linear_logps_ref(
+            hidden,
+            weight,
+            index,
+            bias=bias,
+            mask=mask,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            label_smoothing=label_smoothing,
+        )
+    logps, entropy, _, _ = _linear_logps(
+        as_rows(hidden),
+        weight,
+        bias,
+        index.reshape(-1).contiguous(),
+        None if mask is None else mask.reshape(-1).bool(),
+        temperature,
+        logit_scale,
+        softcap,
+        label_smoothing,
+        return_entropy,
+        workspace_bytes,
+        allow_sync,
+        impl,
+    )
+    return logps.view(index.shape), entropy.view(index.shape) if return_entropy else entropy
+
+
+def as_rows(hidden: Tensor) -> Tensor:
+    """Hidden states (..., H) as (B, T, H), which leaves the strides of these two alone."""
+    while hidden.dim() < 3:
+        hidden = hidden.unsqueeze(0)
+    return hidden.flatten(0, -3)
+
+
+# The registered op: chunks of logits, forward and again backward -------------------------------------------------
+
+
+@torch.library.custom_op("grpo_fast::linear_logps", mutates_args=())
+def _linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    return_entropy: bool,
+    workspace_bytes: int,
+    allow_sync: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logps, entropy, shift, total), (N,) each, of ``hidden`` (B, T, H); the last two are for the backward."""
+    kernels = row_kernels(impl)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        rows = Rows.choose(index.numel(), mask, None, gradient=False, wait=may_wait(allow_sync, hidden))
+        head = ChunkedHead(hidden, weight, bias, rows, Needs(False, False, False), workspace_bytes)
+        ids = rows.take(index)
+        results = weight.new_zeros(4, rows.total, dtype=torch.float32)
+        for part, _ in head.chunks():
+            logits = head.logits(part)
+            kept = None if rows.mask is None else rows.mask[part].unsqueeze(0)
+            found = kernels.logps(
+                logits.unsqueeze(0), ids[part].unsqueeze(0), kept, temperature, logit_scale, softcap, return_entropy
+            )
+            for result, values in zip(results, found, strict=True):
+                if values.numel() > 0:
+                    result[part] = values.squeeze(0)
+            if label_smoothing:
+                spread = above_mean(logits, as_address(ids[part], logits.size(1)))
+                spread *= label_smoothing * logit_scale / temperature
+                results[0, part] -= spread if kept is None else spread * kept.squeeze(0)
+        logps, entropy, shifts, totals = (x.clone() for x in rows.spread(results))
+    return logps, entropy if return_entropy else entropy.new_empty(0), shifts, totals
+
+
+@_linear_logps.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    return_entropy: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logps, shifts, totals = (weight.new_empty(index.shape, dtype=torch.float32) for _ in range(3))
+    return logps, weight.new_empty(index.shape if return_entropy else (0,), dtype=torch.float32), shifts, totals
+
+
+@torch.library.custom_op("grpo_fast::linear_logps_backward", mutates_args=())
+def _linear_logps_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    logps: Tensor,
+    entropy: Tensor,
+    shifts: Tensor,
+    totals: Tensor,
+    d_logps: Tensor,
+    d_entropy: Tensor | None,
+    needs: list[bool],
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    workspace_bytes: int,
+    allow_sync: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_hidden, d_weight, d_bias); rows that nothing flows back to are not projected again."""
+    kernels = row_kernels(impl)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        moved = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
+        mask = moved if mask is None else moved & mask
+        rows = Rows.choose(index.numel(), mask, None, gradient=True, wait=may_wait(allow_sync, hidden))
+        head = ChunkedHead(hidden, weight, bias, rows, Needs(*needs), workspace_bytes)
+        saved = [
+            None if x is None or x.numel() == 0 else rows.take(x)
+            for x in (index, rows.mask, logps, entropy, shifts, totals, d_logps, d_entropy)
+        ]
+        for part, _ in head.chunks():
+            logits, gradient = head.logits(part), head.gradient(part)
+            ids, kept, logp, h, shift, total, d_logp, d_h = (None if x is None else x[part] for x in saved)
+            assert ids is not None
+            assert logp is not None
+            assert d_logp is not None
+            if label_smoothing:
+                labels = as_address(ids, logits.size(1))
+                factor = d_logp * (-label_smoothing * logit_scale / temperature)
+                # The kernel wants the log-prob itself, from which the smoothed one is off by this.
+                logp = logp + above_mean(logits, labels) * (label_smoothing * logit_scale / temperature)
+            kernels.logps_backward(
+                gradient.unsqueeze(0),
+                logits.unsqueeze(0),
+                ids,
+                kept,
+                logp,
+                h,
+                shift,
+                total,
+                d_logp,
+                d_h,
+                temperature,
+                logit_scale,
+                softcap,
+            )
+            if label_smoothing:
+                add_gradient_above_mean(gradient, labels, factor if kept is None else factor * kept)
+            head.backpropagate(part, gradient)
+        d_hidden, d_weight, d_bias = head.finish()
+        if bias is not None:
+            d_bias = d_bias.to(bias.dtype)
+    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias
+
+
+@_linear_logps_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs = args[8]
+
+    def gradient(x: Tensor | None, needed: bool) -> Tensor:
+        return x.new_empty(x.shape) if needed and x is not None else weight.new_empty(0)
+
+    return gradient(hidden, needs[0]), gradient(weight, needs[1]), gradient(bias, needs[2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, index, mask, *options = inputs
+    logps, entropy, shifts, totals = output
+    ctx.mark_non_differentiable(shifts, totals)
+    ctx.set_materialize_grads(False)  # an entropy that nothing depends on costs the backward nothing
+    ctx.save_for_backward(hidden, weight, bias, index, mask, logps, entropy, shifts, totals)
+    temperature, logit_scale, softcap, label_smoothing, _, workspace_bytes, allow_sync, impl = options
+    ctx.options = temperature, logit_scale, softcap, label_smoothing, workspace_bytes, allow_sync, impl
+
+
+def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, index, mask, logps, entropy, shifts, totals = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _linear_logps_backward(
+        hidden,
+        weight,
+        bias,
+        index,
+        mask,
+        logps,
+        entropy,
+        shifts,
+        totals,
+        torch.zeros_like(logps) if d_logps is None else d_logps.contiguous(),
+        None if d_entropy is None else d_entropy.contiguous(),
+        needs,
+        *ctx.options,
+    )
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 10
+
+
+_linear_logps.register_autograd(_backward, setup_context=_setup_context)

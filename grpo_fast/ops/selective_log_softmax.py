@@ -9,7 +9,8 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
-from grpo_fast.ops._library import gradient_buffer, launchers
+from grpo_fast.ops._library import gradient_buffer
+from grpo_fast.ops._row_kernels import row_kernels
 from grpo_fast.reference import logps_and_entropy_ref
 
 
@@ -101,8 +102,7 @@ def _selective_log_softmax(
     overwrite_logits: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = launchers("selective_log_softmax", impl)
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.selective_log_softmax_fwd(
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = row_kernels(impl).logps(
         logits, index, mask, temperature, logit_scale, softcap, return_entropy
     )
     return results
@@ -144,7 +144,7 @@ def _selective_log_softmax_backward(
 ) -> None:
     """Write the gradient of the logits into ``out``, which holds the logits where ``logits`` is None."""
     source = out if logits is None else logits
-    launchers("selective_log_softmax", impl).selective_log_softmax_bwd(
+    row_kernels(impl).logps_backward(
         out,
         source,
         index,

@@ -4,12 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-RESULTS = 13
-
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _grpo_results_kernel(
-    results,  # (RESULTS,) float32: the loss, then the metrics
+    results,  # (13,) float32: the loss, then the metrics
     mask,  # per token, as in _grpo_loss_kernel, and so are the next two
     ends,
     entropy_mask,
@@ -109,29 +107,30 @@ def _grpo_results_kernel(
 
 def sum_rows(
     results: torch.Tensor,
+    rows: tuple[torch.Tensor, ...],
     mask: torch.Tensor | None,
-    ends: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     entropy_mask: torch.Tensor | None,
-    entropies: torch.Tensor,
-    losses: torch.Tensor,
-    kls: torch.Tensor | None,
-    ratios: torch.Tensor,
-    clips: torch.Tensor,
     zero_std: torch.Tensor | None,
     B: int,
     T: int,
+    has_kl: bool,
     entropy_coef: float,
 ) -> None:
-    """Write the loss and the metrics to ``results``; the rows of B sequences are T apart, or packed by ``ends``."""
+    """Write loss and metrics to ``results`` (13,), from ``rows`` as ``grpo_loss_rows`` left them.
+
+    The rows of B sequences are T apart, or packed by ``cu_seqlens``.
+    """
+    _, entropies, losses, kls, ratios, clips = rows
     sequences = min(16, triton.next_power_of_2(max(B, 1)))
     _grpo_results_kernel[(1,)](
         results,
         mask,
-        ends,
+        None if cu_seqlens is None else cu_seqlens[1:],
         entropy_mask,
         entropies,
         losses,
-        kls,
+        kls if has_kl else None,
         ratios,
         clips,
         zero_std,

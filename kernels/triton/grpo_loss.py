@@ -24,7 +24,6 @@ from grpo_fast.kernels._loss import (
     reward_statistics,
     token_loss,
 )
-from grpo_fast.kernels._results import RESULTS, sum_rows
 from grpo_fast.kernels._rows import row_gradient, row_statistics, row_zero
 from grpo_fast.kernels.selective_log_softmax import logits_arguments
 
@@ -55,6 +54,8 @@ def _grpo_loss_kernel(
     sampler_ratio,  # per token or (B,)
     entropy_threshold,  # scalar
     num_items,  # scalar
+    token_weights,  # per token float32, in place of what REDUCTION says
+    entropy_items,  # scalar that the entropy bonus is divided by, in place of counting
     # outputs
     out,  # like logits, and may be the logits; None for no gradient
     logps,  # (N,) float32, the rest
@@ -117,10 +118,13 @@ def _grpo_loss_kernel(
         weight = 1.0 / tl.maximum(count_tokens(mask, None, 0, last), 1.0)
     d_entropy = 0.0
     if ENTROPY_BONUS:
-        last = N
-        if ends is not None:
-            last = tl.load(ends + B - 1).to(tl.int32)
-        d_entropy = -entropy_coef / tl.maximum(count_tokens(mask, entropy_mask, 0, last), 1.0)
+        if entropy_items is not None:
+            d_entropy = -entropy_coef / tl.load(entropy_items).to(tl.float32)
+        else:
+            last = N
+            if ends is not None:
+                last = tl.load(ends + B - 1).to(tl.int32)
+            d_entropy = -entropy_coef / tl.maximum(count_tokens(mask, entropy_mask, 0, last), 1.0)
     spread = 1.0
     if rewards is not None:
         if SCALE_REWARDS == "batch":
@@ -164,6 +168,8 @@ def _grpo_loss_kernel(
                     advantage = tl.where(reward == reward, (reward - best - mean) / spread, 0.0)
             if rewards is None:
                 advantage = tl.load(advantages + (n if PER_TOKEN_ADVANTAGES else b)).to(tl.float32)
+            if token_weights is not None:
+                sequence_weight = tl.load(token_weights + n)
 
             target = tl.load(completion_ids + n)
             inside = (target >= 0) & (target < V)
@@ -267,7 +273,9 @@ def programs_on(device: torch.device, lanes: int) -> int:
     return gpu.max_threads_per_multi_processor // lanes * gpu.multi_processor_count
 
 
-def grpo_loss_fwd(
+def grpo_loss_rows(
+    rows: tuple[torch.Tensor, ...],
+    zero_std: torch.Tensor | None,
     out: torch.Tensor | None,
     logits: torch.Tensor,
     completion_ids: torch.Tensor,
@@ -281,6 +289,8 @@ def grpo_loss_fwd(
     sampler_ratio: torch.Tensor | None,
     entropy_threshold: torch.Tensor | None,
     num_items: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    entropy_items: torch.Tensor | None,
     *,
     group_size: int,
     divisor: float,
@@ -300,31 +310,28 @@ def grpo_loss_fwd(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(results (RESULTS,), logps, entropy), and the gradient of the logits in ``out`` unless that is None.
+) -> None:
+    """Write what each row leaves behind to ``rows``, and the gradient of the logits to ``out`` unless that is None.
 
+    ``rows`` are logps, entropies, weighted losses, KL, ratios and clips: (N,) float32 each. A masked row writes the
+    first two only, as 0. ``zero_std`` (B,) float32 says whose rewards' group has no spread, if there are rewards.
     ``logits`` and ``out``, which may be the same, are (B, T, V) or, packed, (1, N, V), with any strides; the other
     tensors are contiguous. ``term`` is "clipped", "cispo" or "sapo". The sum over tokens is divided by ``divisor``,
     by ``num_items``, or as ``reduction`` says: "tokens" of the batch, "sequences" (times ``divisor``), "positions"
-    (B T), or "sequence_tokens", each sequence's own times B.
+    (B T), or "sequence_tokens", each sequence's own times B; ``token_weights`` (N,) float32 take the place of all
+    that. ``entropy_items`` is what the entropy bonus is divided by, in place of the tokens that count.
     """
     T, V = logits.shape[-2:]
     N = completion_ids.numel()
     B = logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
     divisor *= max({"sequences": B, "sequence_tokens": B, "positions": B * T}.get(reduction, 1), 1)
-    ends = None if cu_seqlens is None else cu_seqlens[1:]
-    logps, entropies = (logits.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
-    losses, kls, ratios, clips = logits.new_empty(4, N, dtype=torch.float32)
-    zero_std = logits.new_empty(B if rewards is not None else 0, dtype=torch.float32)
-    results = logits.new_empty(RESULTS, dtype=torch.float32)
-    has_kl, bonus = beta != 0.0, entropy_coef != 0.0
     shape = SHORT_ROWS if V * logits.element_size() <= SHORT else LONG_ROWS
     programs = programs_on(logits.device, shape["LANES"])
     _grpo_loss_kernel[(max(min(N, programs), 1),)](
         logits,
         completion_ids,
         mask,
-        ends,
+        None if cu_seqlens is None else cu_seqlens[1:],
         advantages,
         rewards,
         old_logps,
@@ -333,13 +340,10 @@ def grpo_loss_fwd(
         sampler_ratio,
         entropy_threshold,
         num_items,
+        token_weights,
+        entropy_items,
         out,
-        logps,
-        entropies,
-        losses,
-        kls,
-        ratios,
-        clips,
+        *rows,
         zero_std,
         B,
         T,
@@ -365,25 +369,9 @@ def grpo_loss_fwd(
         PER_TOKEN_ADVANTAGES=advantages is not None and advantages.shape == completion_ids.shape,
         PER_TOKEN_SAMPLER_RATIO=sampler_ratio is not None and sampler_ratio.shape == completion_ids.shape,
         HAS_DUAL_CLIP=dual_clip is not None,
-        HAS_KL=has_kl,
+        HAS_KL=beta != 0.0,
         KL_ESTIMATOR=kl_estimator,
         BIAS_CORRECTION=bias_correction,
-        ENTROPY_BONUS=bonus,
+        ENTROPY_BONUS=entropy_coef != 0.0,
         **shape,
     )
-    sum_rows(
-        results,
-        mask,
-        ends,
-        entropy_mask,
-        entropies,
-        losses,
-        kls if has_kl else None,
-        ratios,
-        clips,
-        zero_std if rewards is not None else None,
-        B,
-        T,
-        entropy_coef,
-    )
-    return results, logps, entropies

@@ -1,0 +1,283 @@
+"""From hidden states to logits and back, a chunk of rows at a time: which rows, how many, and the matrix products.
+
+Whoever computes something from logits does, with rows in the order of ``Rows``::
+
+    for rows, live in head.chunks():
+        logits = head.logits(rows)              # float32, in memory that every chunk uses again
+        ...                                     # write the logits' gradient to head.gradient(rows) if live
+        head.backpropagate(rows, gradient)      # its products with weight and hidden states
+
+Logits come from the product in float32. Their gradient is rounded once, to the precision of the product that it
+enters; what that gives is added up in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: What the logits of a chunk may take, in bytes, where the caller does not say.
+WORKSPACE_BYTES = 2 * 2**30
+#: Chunks are a multiple of this many rows, if there are so many: a matrix product works in tiles.
+TILE_ROWS = 128
+
+
+# Products --------------------------------------------------------------------------------------------------------
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, added up in float32 and, where ``out`` is float32, not rounded after."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.device.type == "cuda":
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b within the product, in float32."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif out.device.type == "cuda":
+        # As a batch of one, because torch 2.8's addmm wants out in the precision of a; cuBLAS runs the same product.
+        batch = out.unsqueeze(0)
+        torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=out.dtype, out=batch)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    """What a gradient of ``x`` is kept in until it is handed out.
+
+    float16 underflows where bfloat16 does not: its gradients stay in float32 until the backward has brought the scale
+    of the loss.
+    """
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+# Rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which of N rows are projected: ``total`` of them, the first ``live`` with a gradient.
+
+    Attributes:
+        index: (total,) their numbers; None for all N as they lie.
+        mask: (N,) bool, what does not count among them; None where everything does.
+    """
+
+    count: int
+    live: int
+    total: int
+    index: Tensor | None = None
+    mask: Tensor | None = None
+
+    @staticmethod
+    def choose(count: int, mask: Tensor | None, live: Tensor | None, *, gradient: bool, wait: bool) -> Rows:
+        """Those that ``mask`` (count,) keeps, and of these, if there is a gradient, the ``live`` (count,) ones first.
+
+        The host has to ``wait`` for the GPU once to know how many there are. If it may not, all rows are taken.
+        """
+        if not gradient:
+            live = None
+        if not wait or (mask is None and live is None):
+            return Rows(count, count if gradient else 0, count, mask=mask)
+        if live is None:
+            assert mask is not None
+            index = mask.nonzero().squeeze(-1)
+            total = index.numel()
+            first = total if gradient else 0
+        else:
+            kept = torch.ones_like(live) if mask is None else mask
+            live = live & kept
+            index = (2 - kept.to(torch.uint8) - live.to(torch.uint8)).argsort(stable=True)
+            first, total = torch.stack([live.sum(), kept.sum()]).tolist()
+        if total == count and first in (0, count):
+            return Rows(count, first, total)
+        return Rows(count, first, total, index=index[:total])
+
+    def take(self, x: Tensor) -> Tensor:
+        """These rows of ``x`` (N, ...)."""
+        return x if self.index is None else x.index_select(0, self.index)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``x`` (k, total) as (k, N), with 0 for the rows that are not among these."""
+        if self.index is None:
+            return x
+        return x.new_zeros(x.size(0), self.count).index_copy(1, self.index, x)
+
+
+def may_wait(allow_sync: bool, x: Tensor) -> bool:
+    """Whether the host may wait for the GPU: not while a CUDA graph is being captured."""
+    return allow_sync and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+# The head --------------------------------------------------------------------------------------------------------
+
+
+class Needs(NamedTuple):
+    """Which inputs get a gradient. What needs none costs no product."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class ChunkedHead:
+    """A head over chunks of hidden states.
+
+    Args:
+        hidden: (B, T, H), any strides; the rows are its N = B T positions.
+        weight: (V, H).
+        bias: (V,), or None.
+        rows: Which rows, in which order.
+        needs: Which of the three get a gradient.
+        workspace_bytes: What the logits of a chunk and their gradient may take.
+        weight_grad_out: (V, H) float32 that the weight's gradient is added to; None for a tensor of its own.
+        scale: A scalar that the gradients of the logits come multiplied by, so that they do not underflow.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Rows,
+        needs: Needs,
+        workspace_bytes: int,
+        weight_grad_out: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        V, H = weight.shape
+        self.rows = rows
+        self.dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        self._hidden, self._bias = hidden, bias
+        self._weight = weight.to(self.dtype)
+        # Where sequences follow each other without a gap, rows are a view.
+        follow = hidden.size(0) == 1 or hidden.stride(0) == hidden.size(1) * hidden.stride(1)
+        self._flat = hidden.flatten(0, 1) if follow else None
+
+        # Rows begin at multiples of 16 bytes, whatever V is.
+        width = -(-V // 8) * 8
+        half = self.dtype != torch.float32
+        self._most = max(workspace_bytes // (width * (6 if half and rows.live else 4)), 1)
+        longest = max((part.stop - part.start for part, _ in self.chunks()), default=0)
+        self._logits = weight.new_empty(longest, width, dtype=torch.float32)[:, :V]
+        self._gradient = self._logits  # over the logits, an element in the place of another
+        if half and rows.live:
+            self._gradient = weight.new_empty(longest, width, dtype=self.dtype)[:, :V]
+
+        self._scale = scale
+        self._d_hidden: Tensor | None = None
+        self._d_weight: Tensor | None = None
+        self._d_bias: Tensor | None = None
+        if needs.hidden:
+            make = hidden.new_empty if rows.live == rows.count else hidden.new_zeros
+            self._d_hidden = make(rows.count, H, dtype=gradient_dtype(hidden))
+            self._d_rows = hidden.new_empty(longest, H, dtype=torch.float32)
+        self._weight_dtype = gradient_dtype(weight)
+        self._weight_grad_out = weight_grad_out
+        self._weight_has_values = weight_grad_out is not None
+        if needs.weight and weight_grad_out is not None:
+            self._d_weight = weight_grad_out if scale is None else weight_grad_out.mul_(scale)
+        elif needs.weight:
+            # Added up in float32, unless one product gives it all.
+            direct = rows.live <= self._most and self._weight_dtype == self.dtype
+            self._d_weight = weight.new_empty(V, H, dtype=self._weight_dtype if direct else torch.float32)
+        if needs.bias:
+            self._d_bias = weight.new_zeros(V, dtype=torch.float32)
+
+    def chunks(self) -> Iterator[tuple[slice, bool]]:
+        """Consecutive rows that fit the workspace, of about equal numbers; and whether they get a gradient."""
+        for begin, end in ((0, self.rows.live), (self.rows.live, self.rows.total)):
+            if end > begin:
+                even = -(-(end - begin) // -(-(end - begin) // self._most))
+                size = min(-(-even // TILE_ROWS) * TILE_ROWS, self._most)
+                for start in range(begin, end, size):
+                    yield slice(start, min(start + size, end)), begin < self.rows.live
+
+    def logits(self, rows: slice) -> Tensor:
+        """(n, V) float32, in memory that the next call uses again."""
+        self._x = self._rows_of_hidden(rows)
+        logits = self._logits[: rows.stop - rows.start]
+        product(self._x, self._weight.t(), logits)
+        if self._bias is not None:
+            logits += self._bias
+        return logits
+
+    def gradient(self, rows: slice) -> Tensor:
+        """(n, V), where the gradient of the logits of these rows is to be written."""
+        return self._gradient[: rows.stop - rows.start]
+
+    def backpropagate(self, rows: slice, gradient: Tensor) -> None:
+        """Take the logits' gradient to hidden states, weight and bias. Comes after ``logits`` of the same rows."""
+        if self._d_hidden is not None:
+            d_rows = self._d_rows[: rows.stop - rows.start]
+            product(gradient, self._weight, d_rows)
+            if self._scale is not None:
+                d_rows /= self._scale
+            if self.rows.index is None:
+                self._d_hidden[rows] = d_rows
+            else:
+                self._d_hidden.index_copy_(0, self.rows.index[rows], d_rows.to(self._d_hidden.dtype))
+        if self._d_weight is not None:
+            if self._weight_has_values:
+                add_product(gradient.t(), self._x, self._d_weight)
+            else:
+                product(gradient.t(), self._x, self._d_weight)
+            self._weight_has_values = True
+        if self._d_bias is not None:
+            self._d_bias += gradient.sum(0, dtype=torch.float32)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of hidden, weight and bias, in ``gradient_dtype``; empty where there is none to hand out."""
+        del self._logits, self._gradient  # before the weight's is rounded
+        d_hidden, d_weight, d_bias = (self._weight.new_empty(0) for _ in range(3))
+        for total in (self._d_weight, self._d_bias):
+            if total is not None and self._scale is not None:
+                total /= self._scale
+        if self._d_hidden is not None:
+            d_hidden = self._d_hidden.view(self._hidden.shape)
+        if self._d_weight is not None and self._weight_grad_out is None:
+            if not self._weight_has_values:
+                self._d_weight.zero_()
+            d_weight = self._d_weight.to(self._weight_dtype)
+        if self._d_bias is not None and self._bias is not None:
+            d_bias = self._d_bias.to(gradient_dtype(self._bias))
+        return d_hidden, d_weight, d_bias
+
+    def _rows_of_hidden(self, rows: slice) -> Tensor:
+        """(n, H) in the precision of the product; rows that do not count as 0, whatever they hold."""
+        numbers = None if self.rows.index is None else self.rows.index[rows]
+        if self._flat is not None:
+            x = self._flat[rows] if numbers is None else self._flat.index_select(0, numbers)
+        else:
+            if numbers is None:
+                numbers = torch.arange(rows.start, rows.stop, device=self._hidden.device)
+            T = self._hidden.size(1)
+            x = self._hidden[numbers // T, numbers % T]
+        if self.rows.mask is not None:
+            x = torch.where(self.rows.mask[rows, None], x, 0.0)
+        return x.to(self.dtype)
+
+
+def check_workspace(workspace_bytes: object) -> int:
+    """Check a number of bytes, or give the default."""
+    if workspace_bytes is None:
+        return WORKSPACE_BYTES
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes: got {workspace_bytes!r}, want an int or None")
+    if workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes: got {workspace_bytes}, want at least 1")
+    return workspace_bytes
+
+
+def wanted(*inputs: Tensor | None) -> list[bool]:
+    """Which of the inputs a backward will ask for a gradient of."""
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]

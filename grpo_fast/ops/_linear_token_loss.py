@@ -1,0 +1,232 @@
+"""Losses that follow from a token's own row, from hidden states: values and gradients in one sweep over the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.ops._checks import Shapes
+from grpo_fast.ops._chunks import ChunkedHead, Needs, Rows, gradient_dtype, may_wait
+from grpo_fast.ops._known_gradient import KnownGradientFunction
+from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
+from grpo_fast.ops._library import mutating_op, overwritten
+from grpo_fast.ops._row_kernels import row_kernels
+from grpo_fast.ops._token_loss import METRICS
+
+#: What a row leaves behind: log-prob, entropy, weighted loss, KL, ratio, clip.
+ROW_RESULTS = 6
+
+
+def _fake_token_loss(
+    weight_grad_out: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    *_: Any,
+    needs: list[bool],
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gradient(x: Tensor | None, needed: bool) -> Tensor:
+        if x is None or not needed:
+            return weight.new_empty(0)
+        return x.new_empty(x.shape, dtype=gradient_dtype(x))
+
+    return (
+        weight.new_empty(ROW_RESULTS, index.numel(), dtype=torch.float32),
+        gradient(hidden, needs[0]),
+        gradient(weight, needs[1] and weight_grad_out is None),
+        gradient(bias, needs[2]),
+    )
+
+
+@mutating_op("linear_token_loss", mutates="weight_grad_out", fake=_fake_token_loss)
+def linear_token_loss(
+    weight_grad_out: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    live: Tensor | None,
+    advantages: Tensor,
+    token_weights: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    entropy_mask: Tensor | None,
+    sampler_ratio: Tensor | None,
+    entropy_threshold: Tensor | None,
+    entropy_items: Tensor | None,
+    *,
+    needs: list[bool],
+    impl: str,
+    workspace_bytes: int,
+    allow_sync: bool,
+    label_smoothing: float,
+    term: str,
+    low: float,
+    high: float,
+    delta: float | None,
+    dual_clip: float | None,
+    beta: float,
+    kl_estimator: str,
+    bias_correction: bool,
+    tau_pos: float,
+    tau_neg: float,
+    entropy_coef: float,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row results (ROW_RESULTS, N), d_hidden, d_weight, d_bias), the gradients those of the sum of the losses.
+
+    ``hidden`` is (B, T, H), ``weight`` (V, H), the others are per token (N,), contiguous, or scalars. Rows that
+    ``mask`` drops are not projected, those out of ``live`` have no gradient. ``needs`` says which gradients are
+    computed; the others are empty, and so is the weight's if it went to ``weight_grad_out``.
+    """
+    kernels = row_kernels(impl)
+    wants = Needs(*needs)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        rows = Rows.choose(index.numel(), mask, live, gradient=any(wants), wait=may_wait(allow_sync, hidden))
+        scale = None
+        if torch.promote_types(hidden.dtype, weight.dtype) == torch.float16 and token_weights.numel() > 0:
+            # A weight of 1 in many tokens would underflow: the largest is brought to between 1 and 2.
+            scale = torch.exp2(-token_weights.amax().clamp(min=1e-30).log2().floor())
+            token_weights = token_weights * scale
+            entropy_items = None if entropy_items is None else entropy_items / scale
+        head = ChunkedHead(hidden, weight, bias, rows, wants, workspace_bytes, weight_grad_out, scale)
+        inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)
+        per_token = [None if x is None else rows.take(x) for x in inputs]
+        results = weight.new_zeros(ROW_RESULTS, rows.total, dtype=torch.float32)
+        for part, has_gradient in head.chunks():
+            logits = head.logits(part)
+            ids, adv, weights, old, ref, chosen, ratio, kept = (None if x is None else x[part] for x in per_token)
+            assert ids is not None
+            assert weights is not None
+            gradient = head.gradient(part) if has_gradient else None
+            labels = as_address(ids, logits.size(1)) if label_smoothing else ids
+            smoothing = weights * (label_smoothing * logit_scale / temperature)
+            spread = above_mean(logits, labels) * smoothing if label_smoothing else None
+            kernels.loss_rows(
+                results[:, part].unbind(),
+                None,
+                None if gradient is None else gradient.unsqueeze(0),
+                logits.unsqueeze(0),
+                ids,
+                kept,
+                None,
+                adv,
+                None,
+                old,
+                ref,
+                chosen,
+                ratio,
+                entropy_threshold,
+                None,
+                weights,
+                entropy_items,
+                group_size=1,
+                divisor=1.0,
+                reduction="constant",
+                scale_rewards="none",
+                term=term,
+                low=low,
+                high=high,
+                delta=delta,
+                dual_clip=dual_clip,
+                beta=beta,
+                kl_estimator=kl_estimator,
+                bias_correction=bias_correction,
+                tau_pos=tau_pos,
+                tau_neg=tau_neg,
+                entropy_coef=entropy_coef,
+                temperature=temperature,
+                logit_scale=logit_scale,
+                softcap=softcap,
+            )
+            if spread is not None:
+                results[2, part] += spread
+            if gradient is not None:
+                if label_smoothing:
+                    add_gradient_above_mean(gradient, labels, smoothing)
+                head.backpropagate(part, gradient)
+        if scale is not None:
+            results[2] /= scale
+        return rows.spread(results), *head.finish()
+
+
+@torch.library.custom_op("grpo_fast::sum_rows", mutates_args=())
+def sum_rows(
+    rows: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    entropy_mask: Tensor | None,
+    sequences: int,
+    length: int,
+    has_kl: bool,
+    entropy_coef: float,
+    impl: str,
+) -> Tensor:
+    """Loss and metrics from the row results of ``linear_token_loss``, as ``name_results`` takes them."""
+    results = rows.new_empty(1 + len(METRICS))
+    row_kernels(impl).sum_rows(
+        results, rows.unbind(), mask, cu_seqlens, entropy_mask, None, sequences, length, has_kl, entropy_coef
+    )
+    return results
+
+
+@sum_rows.register_fake
+def _(rows: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(1 + len(METRICS))
+
+
+# Beside the ops --------------------------------------------------------------------------------------------------
+
+
+def known_gradients(
+    loss: Tensor,
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor],
+    needs: Sequence[bool],
+    weight_grad_out: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """``loss``, differentiable in hidden, weight and bias where ``needs`` says so."""
+    pairs: list[Tensor] = []
+    for i, (x, gradient) in enumerate(zip(inputs, gradients, strict=True)):
+        if needs[i] and x is not None and not (i == 1 and weight_grad_out is not None):
+            pairs += [x, gradient.view(x.shape)]
+    if pairs:
+        loss = KnownGradientFunction.apply(loss, impl, *pairs)
+    if needs[1] and weight_grad_out is not None:
+        overwritten(weight_grad_out)
+        loss = _AlreadyAddedFunction.apply(loss, inputs[1])
+    return loss
+
+
+class _AlreadyAddedFunction(torch.autograd.Function):
+    """``apply(loss, weight)`` is ``loss``, whose gradient by ``weight`` has gone elsewhere, unscaled."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, weight: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        torch._assert_async(upstream == 1, "weight_grad_out: the upstream gradient is not 1; scale the loss before")
+        return upstream, None
+
+
+def check_weight_grad_out(shapes: Shapes, weight_grad_out: object, *, possible: bool) -> None:
+    """Check the buffer that a weight's gradient is added to."""
+    if weight_grad_out is None:
+        return
+    shapes.check("weight_grad_out", weight_grad_out, ("V", "H"), dtypes=(torch.float32,))
+    if not possible:
+        raise ValueError(
+            "weight_grad_out: got one, want None where the gradients do not come along with the loss: that takes a "
+            "kernel, and a loss that follows from a token's own logits"
+        )
