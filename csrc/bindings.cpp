@@ -49,6 +49,12 @@ class OnDevice {
   cudaError_t error_;
 };
 
+// A failed call leaves its error behind for the next launch to find: take it away.
+int code(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 using Strides = std::pair<std::int64_t, std::int64_t>;
@@ -126,7 +132,7 @@ PYBIND11_MODULE(_C, m) {
         want(count == 0 || rewards.first != 0 || advantages.first != 0, "advantages", 0, "their address, or rewards");
         want(kl_estimator == gf::kNoKL || ref_logps.first != 0, "ref_logps", 0, "their address with a KL term");
         const OnDevice on(device);
-        if (on.error() != cudaSuccess) return on.error();
+        if (on.error() != cudaSuccess) return code(on.error());
         rows.kept = pointer<const std::uint8_t>(kept);
         const gf::Batch batch = {count, rows.T, rows.count, values(mask), values(ends), values(entropy_mask)};
         const gf::PlanInputs inputs = {values(advantages),
@@ -160,9 +166,9 @@ PYBIND11_MODULE(_C, m) {
         const gf::TokenInputs token_inputs = {values(old_logps), values(ref_logps), values(entropy_mask),
                                               values(entropy_threshold)};
         const cudaError_t error = gf::plan(batch, inputs, plan, stream_of(stream));
-        if (error != cudaSuccess || rows.count == 0) return error;
-        return gf::grpo_loss_rows(rows, layout, options, plan, token_inputs, entropy_coef != 0.0f, left,
-                                  stream_of(stream));
+        if (error != cudaSuccess || rows.count == 0) return code(error);
+        return code(gf::grpo_loss_rows(rows, layout, options, plan, token_inputs, entropy_coef != 0.0f, left,
+                                  stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("count"), py::arg("mask"),
       py::arg("ends"), py::arg("entropy_mask"), py::arg("advantages"), py::arg("per_token_advantages"),
@@ -182,7 +188,7 @@ PYBIND11_MODULE(_C, m) {
          float entropy_coef, Address partials, Address results) -> int {
         want(count >= 0, "count", count, "0 or more sequences");
         const OnDevice on(device);
-        if (on.error() != cudaSuccess) return on.error();
+        if (on.error() != cudaSuccess) return code(on.error());
         const gf::Batch batch = {count, T, N, values(mask), values(ends), values(entropy_mask)};
         const gf::RowResults rows = {nullptr,
                                      pointer<float>(entropies),
@@ -190,8 +196,8 @@ PYBIND11_MODULE(_C, m) {
                                      pointer<float>(kls),
                                      pointer<float>(ratios),
                                      pointer<float>(clips)};
-        return gf::sum_rows(batch, rows, pointer<const float>(zero_std), entropy_coef, pointer<float>(partials),
-                            pointer<float>(results), stream_of(stream));
+        return code(gf::sum_rows(batch, rows, pointer<const float>(zero_std), entropy_coef, pointer<float>(partials),
+                            pointer<float>(results), stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("count"), py::arg("T"), py::arg("N"), py::arg("mask"),
       py::arg("ends"), py::arg("entropy_mask"), py::arg("entropies"), py::arg("losses"), py::arg("kls"),
@@ -203,12 +209,12 @@ PYBIND11_MODULE(_C, m) {
       [](int device, Address stream, gf::Rows rows, const gf::Layout& layout, Address kept,
          Address logps, Address entropies, Address shifts, Address totals) -> int {
         const OnDevice on(device);
-        if (on.error() != cudaSuccess) return on.error();
+        if (on.error() != cudaSuccess) return code(on.error());
         rows.kept = pointer<const std::uint8_t>(kept);
-        return gf::log_probs_rows(rows, layout,
+        return code(gf::log_probs_rows(rows, layout,
                                   {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts),
                                    pointer<float>(totals)},
-                                  stream_of(stream));
+                                  stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("kept"), py::arg("logps"),
       py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
@@ -218,13 +224,13 @@ PYBIND11_MODULE(_C, m) {
       [](int device, Address stream, gf::Rows rows, Address kept, Address logps, Address entropies,
          Address shifts, Address totals, Address d_logps, Address d_entropies) -> int {
         const OnDevice on(device);
-        if (on.error() != cudaSuccess) return on.error();
+        if (on.error() != cudaSuccess) return code(on.error());
         rows.kept = pointer<const std::uint8_t>(kept);
-        return gf::log_probs_gradient(rows,
+        return code(gf::log_probs_gradient(rows,
                                       {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts),
                                        pointer<float>(totals)},
                                       pointer<const float>(d_logps), pointer<const float>(d_entropies),
-                                      stream_of(stream));
+                                      stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("kept"), py::arg("logps"),
       py::arg("entropies"), py::arg("shifts"), py::arg("totals"), py::arg("d_logps"), py::arg("d_entropies"));
@@ -234,10 +240,10 @@ PYBIND11_MODULE(_C, m) {
       [](int device, Address stream, Tensor gradient, Strides strides, int count, int T,
          int V, Address factor) -> int {
         const OnDevice on(device);
-        if (on.error() != cudaSuccess) return on.error();
-        return gf::scale_gradient(pointer<void>(gradient.first), static_cast<gf::DType>(gradient.second),
+        if (on.error() != cudaSuccess) return code(on.error());
+        return code(gf::scale_gradient(pointer<void>(gradient.first), static_cast<gf::DType>(gradient.second),
                                   strides.first, strides.second, count, T, V, pointer<const float>(factor),
-                                  stream_of(stream));
+                                  stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("gradient"), py::arg("strides"), py::arg("count"), py::arg("T"),
       py::arg("V"), py::arg("factor"));

@@ -118,9 +118,8 @@ struct Kept {
 
 template <typename In, bool kGradient>
 __device__ void load_slices(const Rows& rows, const Layout& layout, const Shared& shared, int rank, int n, int step) {
-  // Nothing reads these bytes from L2 again, and yet L2 is asked to keep them: what goes out is then the gradient, soon
-  // and in the order in which it was written. Loads that are the first to go themselves take a tenth longer; see
-  // docs/performance.md.
+  // Nothing reads these bytes from L2 again. But what L2 throws out is then the gradient, soon and in the order in which
+  // it was written, which the memory takes best: 1.24 ms where loads that go first themselves cost 1.37.
   const uint64_t policy = evict_last_policy();
   const int bytes = bytes_of_chunk(layout);
   Ring ring{layout.stages};
@@ -236,12 +235,17 @@ __device__ void consume(const Rows& rows, const Layout& layout, const Shared& sh
     }
 
     const float edge_u = edge >= 0 ? capped<kSoftcap>(static_cast<float>(row[edge]), options) : 0.0f;
-    // The sampled token: which of the slice's vectors, if any, and which of that one's logits.
+    // The sampled token, if this thread holds it: in which chunk, which of its vectors there, which of its logits.
     const int target = id >= 0 && id < rows.V ? static_cast<int>(id) : -1;
-    int target_vector = target >= slice.head && target < slice.tail ? (target - slice.head) / kSize - slice.first : -1;
-    if (target_vector >= slice.vectors) target_vector = -1;
-    const int target_place = (target - slice.head) % kSize;
-    bool holds_target = false;
+    int target_first = -1, target_turn = 0, target_place = 0;
+    if (target >= slice.head && target < slice.tail) {
+      const int vector = (target - slice.head) / kSize - slice.first;
+      if (vector >= 0 && vector < slice.vectors && vector % threads == thread) {
+        target_first = vector / in_chunk * in_chunk;
+        target_turn = vector % in_chunk / threads;
+        target_place = (target - slice.head) % kSize;
+      }
+    }
 
     // Statistics.
     Statistics part;
@@ -252,13 +256,10 @@ __device__ void consume(const Rows& rows, const Layout& layout, const Shared& sh
       uint4 raw[kVectors];
       const bool whole = load_chunk(ring, first, slice.vectors, raw);
       if (!stays) release(ring);
-      const int into = target_vector - first;
-      if (into >= 0 && into < in_chunk) {
+      if (first == target_first) {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
-          if (into != j * threads + thread) continue;
-          part.target = capped<kSoftcap>(take<In>(raw[j], target_place), options);
-          holds_target = true;
+          if (j == target_turn) part.target = capped<kSoftcap>(take<In>(raw[j], target_place), options);
         }
       }
       part.reach(capped<kSoftcap>(largest<In>(raw), options), inner);
@@ -272,7 +273,7 @@ __device__ void consume(const Rows& rows, const Layout& layout, const Shared& sh
 #pragma unroll
           for (int i = 0; i < kSize; ++i) u[i] = inside ? capped<kSoftcap>(u[i], options) : -INFINITY;
         }
-        if (kSoftcap && into == j * threads + thread) {
+        if (kSoftcap && first == target_first && j == target_turn) {
 #pragma unroll
           for (int i = 0; i < kSize; ++i) u[i] = i == target_place ? -INFINITY : u[i];
         }
@@ -330,7 +331,7 @@ __device__ void consume(const Rows& rows, const Layout& layout, const Shared& sh
         sweep([&](Out* to, const float(&x)[kSize]) { store_apart(to, x); });
       }
       // The sampled token's own gradient, over what was written there.
-      if (holds_target) {
+      if (target_first >= 0) {
         store(out + target, slopes.of_target<kSoftcap>(part.target, options));
       }
       if (edge >= 0) {

@@ -138,6 +138,7 @@ def test_memory_is_that_of_a_chunk() -> None:
         weight,
         torch.randint(0, vocab, (1, rows), device="cuda"),
         advantages=torch.ones(1, device="cuda"),
+        workspace_bytes=2**28,
     ).loss
     loss.backward()
     assert torch.cuda.max_memory_allocated() - before < 1.0 * 2**30

@@ -411,7 +411,8 @@ def test_tied_embeddings() -> None:
         hidden = weight[ids(B, T)].tanh()
         linear_grpo_loss(hidden, weight, **batch(), impl=impl).loss.backward()
         grads.append(weight.grad)
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-6)
 
 
 def test_autocast_changes_nothing(impl: str) -> None:
@@ -608,8 +609,8 @@ def test_products_keep_float32(dtype: torch.dtype) -> None:
     out = torch.empty(256, 328, device=DEVICE)[:, :320]
     product(a, b, out)
     assert (out - truth).norm() < 1e-5 * truth.norm()
-    add_product(a, b, out, 0.5)
-    assert (out - 1.5 * truth).norm() < 1e-5 * truth.norm()
+    add_product(a, b, out)
+    assert (out - 2.0 * truth).norm() < 1e-5 * truth.norm()
 
 
 @on_gpu
@@ -643,7 +644,7 @@ def test_long_completions_on_one_gpu() -> None:
     index = torch.randint(0, vocabulary, shape[:2], device="cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    linear_grpo_loss(hidden, weight, index, advantages=rand(4, seed=1)).loss.backward()
+    linear_grpo_loss(hidden, weight, index, advantages=rand(4, seed=1), workspace_bytes=2**30).loss.backward()
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes < 3 * 2**30
     assert hidden.grad.isfinite().all()
