@@ -1,5 +1,5 @@
 # make demo   a fresh virtual environment, then a small model learns to reason by GRPO (CPU, a few minutes)
-# make test   a fresh virtual environment, then every check: ruff, mypy, pytest
+# make test   a fresh virtual environment, then every check: ruff, mypy, clang-format, pytest
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -25,10 +25,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
 
 # A CPU build that the machine already has comes first, so that nothing is fetched for it.
 $(VENV)/.torch:

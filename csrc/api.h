@@ -26,13 +26,13 @@ struct LogitOptions {
 struct Rows {
   const void* logits;
   DType dtype;
-  void* out;  // null for no gradient; may be the logits
+  void* out;        // null for no gradient; may be the logits
   DType out_dtype;  // that of the logits, or a half precision for float32 logits
   int64_t stride_b, stride_t, out_stride_b, out_stride_t;
   int count;  // B T
   int T;
   int V;
-  Values ids;  // per row, the sampled tokens
+  Values ids;           // per row, the sampled tokens
   const uint8_t* kept;  // per row; null for all
   LogitOptions options;
 };
@@ -41,9 +41,9 @@ constexpr int kMaxConsumers = 18;
 
 // How rows are laid out on the chip; see resident.cuh.
 struct Layout {
-  int cluster;  // blocks that share a row
+  int cluster;    // blocks that share a row
   int consumers;  // warps of a block that do the arithmetic
-  int stages;  // chunks of a block's ring
+  int stages;     // chunks of a block's ring
 };
 
 int chunk_bytes(const Layout& layout);
@@ -54,8 +54,8 @@ struct Batch {
   int count;  // B
   int T;
   int N;
-  Values mask;  // per token
-  Values ends;  // (B,) where each packed sequence ends
+  Values mask;          // per token
+  Values ends;          // (B,) where each packed sequence ends
   Values entropy_mask;  // per token
 };
 
@@ -72,7 +72,7 @@ struct PlanInputs {
   bool per_token_sampler_ratio;
   int reduction;
   float divisor;
-  Values num_items;  // scalar, in place of the divisor
+  Values num_items;      // scalar, in place of the divisor
   Values token_weights;  // per token, in place of all that
   float entropy_coef;
   Values entropy_items;  // scalar that the entropy bonus is divided by; null for the tokens that count
@@ -80,12 +80,12 @@ struct PlanInputs {
 
 // What a batch's rows need of their sequences and groups.
 struct Plan {
-  float* weights;  // (N,) of each token in the sum over tokens; 0 where it does not count
-  float* advantages;  // (N,)
+  float* weights;        // (N,) of each token in the sum over tokens; 0 where it does not count
+  float* advantages;     // (N,)
   float* sampler_ratio;  // (N,); null for 1
-  uint8_t* kept;  // (N,); null where all are
-  float* zero_std;  // (B,): 1 where the group has no spread; null without rewards
-  float* d_entropy;  // scalar: the upstream gradient of each chosen token's entropy
+  uint8_t* kept;         // (N,); null where all are
+  float* zero_std;       // (B,): 1 where the group has no spread; null without rewards
+  float* d_entropy;      // scalar: the upstream gradient of each chosen token's entropy
 };
 
 cudaError_t plan(const Batch& batch, const PlanInputs& inputs, const Plan& plan, cudaStream_t stream);
@@ -99,7 +99,7 @@ struct LossOptions {
   bool has_dual_clip;
   bool bias_correction;
   float low, high;  // clip bounds of the ratio
-  float delta;  // infinite for none
+  float delta;      // infinite for none
   float dual_clip;
   float beta;
   float tau_pos, tau_neg;

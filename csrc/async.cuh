@@ -67,8 +67,8 @@ __device__ inline uint64_t evict_last_policy() {
 // Start copying global memory to shared memory; everything is a multiple of 16 bytes. The barrier counts the bytes.
 __device__ inline void copy_to_shared(void* to, const void* from, uint32_t bytes, uint64_t* barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }

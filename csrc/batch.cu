@@ -38,7 +38,11 @@ struct Range {
   __device__ static Range of(const Batch& batch, int b) {
     if (b >= batch.count) return {0, 0};
     if (batch.ends.data == nullptr) return {b * batch.T, (b + 1) * batch.T};
-    return {b > 0 ? static_cast<int>(integer(batch.ends, b - 1)) : 0, static_cast<int>(integer(batch.ends, b))};
+    // What is out of range, which the host has not seen, stays within the tokens all the same.
+    const auto end = [&](int i) {
+      return static_cast<int>(min(max(integer(batch.ends, i), int64_t(0)), int64_t(batch.N)));
+    };
+    return {b > 0 ? end(b - 1) : 0, end(b)};
   }
 };
 
@@ -56,7 +60,8 @@ struct Spread {
   float best, mean, std;  // the mean relative to the best
 };
 
-// Of the scorable rewards of a range. Relative to the best, equal rewards are 0 and stay 0, whatever their sum rounds to.
+// Of the scorable rewards of a range. Relative to the best, equal rewards are 0 and stay 0, whatever their sum rounds
+// to.
 __device__ Spread spread(const Values& rewards, Range range) {
   float best = -INFINITY;
   for (int i = range.start + threadIdx.x; i < range.end; i += kThreads) best = fmaxf(best, load(rewards, i));

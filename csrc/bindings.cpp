@@ -113,10 +113,10 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("chunk_bytes", [](const gf::Layout& self) { return gf::chunk_bytes(self); })
       .def_property_readonly("shared_bytes", [](const gf::Layout& self) { return gf::shared_bytes(self); });
 
-  py::class_<gf::Rows>(m, "Rows")
-      .def(py::init(&make_rows), py::arg("logits"), py::arg("strides"), py::arg("out"), py::arg("out_strides"),
-           py::arg("count"), py::arg("T"), py::arg("V"), py::arg("ids"), py::arg("has_softcap"), py::arg("slope"),
-           py::arg("cap"), py::arg("cap_in"));
+  py::class_<gf::Rows>(m, "Rows").def(py::init(&make_rows), py::arg("logits"), py::arg("strides"), py::arg("out"),
+                                      py::arg("out_strides"), py::arg("count"), py::arg("T"), py::arg("V"),
+                                      py::arg("ids"), py::arg("has_softcap"), py::arg("slope"), py::arg("cap"),
+                                      py::arg("cap_in"));
 
   m.def(
       "grpo_loss_rows",
@@ -155,20 +155,17 @@ PYBIND11_MODULE(_C, m) {
                                pointer<std::uint8_t>(kept),
                                pointer<float>(zero_std),
                                pointer<float>(d_entropy)};
-        const gf::RowResults left = {pointer<float>(logps),
-                                     pointer<float>(entropies),
-                                     pointer<float>(losses),
-                                     kl_estimator == gf::kNoKL ? nullptr : pointer<float>(kls),
-                                     pointer<float>(ratios),
-                                     pointer<float>(clips)};
-        const gf::LossOptions options = {term,  kl_estimator, has_dual_clip, bias_correction, low,     high,
+        const gf::RowResults left = {pointer<float>(logps),  pointer<float>(entropies),
+                                     pointer<float>(losses), kl_estimator == gf::kNoKL ? nullptr : pointer<float>(kls),
+                                     pointer<float>(ratios), pointer<float>(clips)};
+        const gf::LossOptions options = {term,  kl_estimator, has_dual_clip, bias_correction, low,    high,
                                          delta, dual_clip,    beta,          tau_pos,         tau_neg};
         const gf::TokenInputs token_inputs = {values(old_logps), values(ref_logps), values(entropy_mask),
                                               values(entropy_threshold)};
         const cudaError_t error = gf::plan(batch, inputs, plan, stream_of(stream));
         if (error != cudaSuccess || rows.count == 0) return code(error);
         return code(gf::grpo_loss_rows(rows, layout, options, plan, token_inputs, entropy_coef != 0.0f, left,
-                                  stream_of(stream)));
+                                       stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("count"), py::arg("mask"),
       py::arg("ends"), py::arg("entropy_mask"), py::arg("advantages"), py::arg("per_token_advantages"),
@@ -197,7 +194,7 @@ PYBIND11_MODULE(_C, m) {
                                      pointer<float>(ratios),
                                      pointer<float>(clips)};
         return code(gf::sum_rows(batch, rows, pointer<const float>(zero_std), entropy_coef, pointer<float>(partials),
-                            pointer<float>(results), stream_of(stream)));
+                                 pointer<float>(results), stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("count"), py::arg("T"), py::arg("N"), py::arg("mask"),
       py::arg("ends"), py::arg("entropy_mask"), py::arg("entropies"), py::arg("losses"), py::arg("kls"),
@@ -206,44 +203,41 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "log_probs",
-      [](int device, Address stream, gf::Rows rows, const gf::Layout& layout, Address kept,
-         Address logps, Address entropies, Address shifts, Address totals) -> int {
+      [](int device, Address stream, gf::Rows rows, const gf::Layout& layout, Address kept, Address logps,
+         Address entropies, Address shifts, Address totals) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         rows.kept = pointer<const std::uint8_t>(kept);
-        return code(gf::log_probs_rows(rows, layout,
-                                  {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts),
-                                   pointer<float>(totals)},
-                                  stream_of(stream)));
+        return code(gf::log_probs_rows(
+            rows, layout,
+            {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
+            stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("kept"), py::arg("logps"),
       py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
 
   m.def(
       "log_probs_gradient",
-      [](int device, Address stream, gf::Rows rows, Address kept, Address logps, Address entropies,
-         Address shifts, Address totals, Address d_logps, Address d_entropies) -> int {
+      [](int device, Address stream, gf::Rows rows, Address kept, Address logps, Address entropies, Address shifts,
+         Address totals, Address d_logps, Address d_entropies) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         rows.kept = pointer<const std::uint8_t>(kept);
-        return code(gf::log_probs_gradient(rows,
-                                      {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts),
-                                       pointer<float>(totals)},
-                                      pointer<const float>(d_logps), pointer<const float>(d_entropies),
-                                      stream_of(stream)));
+        return code(gf::log_probs_gradient(
+            rows, {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
+            pointer<const float>(d_logps), pointer<const float>(d_entropies), stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("kept"), py::arg("logps"),
-      py::arg("entropies"), py::arg("shifts"), py::arg("totals"), py::arg("d_logps"), py::arg("d_entropies"));
+      py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("kept"), py::arg("logps"), py::arg("entropies"),
+      py::arg("shifts"), py::arg("totals"), py::arg("d_logps"), py::arg("d_entropies"));
 
   m.def(
       "scale_gradient",
-      [](int device, Address stream, Tensor gradient, Strides strides, int count, int T,
-         int V, Address factor) -> int {
+      [](int device, Address stream, Tensor gradient, Strides strides, int count, int T, int V, Address factor) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         return code(gf::scale_gradient(pointer<void>(gradient.first), static_cast<gf::DType>(gradient.second),
-                                  strides.first, strides.second, count, T, V, pointer<const float>(factor),
-                                  stream_of(stream)));
+                                       strides.first, strides.second, count, T, V, pointer<const float>(factor),
+                                       stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("gradient"), py::arg("strides"), py::arg("count"), py::arg("T"),
       py::arg("V"), py::arg("factor"));

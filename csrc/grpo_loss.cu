@@ -18,10 +18,14 @@ cudaError_t grpo_loss_rows(const Rows& rows, const Layout& layout, const LossOpt
                            cudaStream_t stream) {
   const GrpoLoss op = {options, plan, inputs, results};
   switch (rows.dtype) {
-    case DType::kFloat32: return grpo_loss_of<float>(rows, layout, op, entropy_bonus, stream);
-    case DType::kBFloat16: return grpo_loss_of<__nv_bfloat16>(rows, layout, op, entropy_bonus, stream);
-    case DType::kFloat16: return grpo_loss_of<__half>(rows, layout, op, entropy_bonus, stream);
-    default: return cudaErrorInvalidValue;
+    case DType::kFloat32:
+      return grpo_loss_of<float>(rows, layout, op, entropy_bonus, stream);
+    case DType::kBFloat16:
+      return grpo_loss_of<__nv_bfloat16>(rows, layout, op, entropy_bonus, stream);
+    case DType::kFloat16:
+      return grpo_loss_of<__half>(rows, layout, op, entropy_bonus, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -122,10 +122,14 @@ cudaError_t gradient_of(const Rows& rows, const LogProbs& results, const float* 
 cudaError_t log_probs_rows(const Rows& rows, const Layout& layout, const LogProbs& results, cudaStream_t stream) {
   const LogProbsOp op = {results};
   switch (rows.dtype) {
-    case DType::kFloat32: return rows_of<float>(rows, layout, op, stream);
-    case DType::kBFloat16: return rows_of<__nv_bfloat16>(rows, layout, op, stream);
-    case DType::kFloat16: return rows_of<__half>(rows, layout, op, stream);
-    default: return cudaErrorInvalidValue;
+    case DType::kFloat32:
+      return rows_of<float>(rows, layout, op, stream);
+    case DType::kBFloat16:
+      return rows_of<__nv_bfloat16>(rows, layout, op, stream);
+    case DType::kFloat16:
+      return rows_of<__half>(rows, layout, op, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -136,17 +140,24 @@ cudaError_t log_probs_gradient(const Rows& rows, const LogProbs& results, const 
   };
   if (rows.dtype == DType::kFloat32) {
     switch (rows.out_dtype) {
-      case DType::kFloat32: return launch(float(), float());
-      case DType::kBFloat16: return launch(float(), __nv_bfloat16());
-      case DType::kFloat16: return launch(float(), __half());
-      default: return cudaErrorInvalidValue;
+      case DType::kFloat32:
+        return launch(float(), float());
+      case DType::kBFloat16:
+        return launch(float(), __nv_bfloat16());
+      case DType::kFloat16:
+        return launch(float(), __half());
+      default:
+        return cudaErrorInvalidValue;
     }
   }
   if (rows.out_dtype != rows.dtype) return cudaErrorInvalidValue;
   switch (rows.dtype) {
-    case DType::kBFloat16: return launch(__nv_bfloat16(), __nv_bfloat16());
-    case DType::kFloat16: return launch(__half(), __half());
-    default: return cudaErrorInvalidValue;
+    case DType::kBFloat16:
+      return launch(__nv_bfloat16(), __nv_bfloat16());
+    case DType::kFloat16:
+      return launch(__half(), __half());
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

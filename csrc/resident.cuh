@@ -39,8 +39,8 @@ __host__ __device__ inline int bytes_of_block(const Layout& layout) {
 
 // A block's part of a row.
 struct Slice {
-  int64_t row;  // offset of the row's first logit
-  int head, tail;  // logits before the first vector, and from where on after the last
+  int64_t row;         // offset of the row's first logit
+  int head, tail;      // logits before the first vector, and from where on after the last
   int first, vectors;  // of this block
 
   template <typename T>
@@ -86,8 +86,8 @@ struct Shared {
   float4* statistics;  // (2, cluster, consumers)
   Slopes* slopes;
   uint64_t *full, *empty;  // a chunk each
-  uint64_t* summed;  // 2: a row's statistics are there; rows alternate
-  uint64_t* ready;  // its slopes are
+  uint64_t* summed;        // 2: a row's statistics are there; rows alternate
+  uint64_t* ready;         // its slopes are
 
   __device__ Shared(char* memory, const Layout& layout) {
     chunks = memory;
@@ -118,8 +118,8 @@ struct Kept {
 
 template <typename In, bool kGradient>
 __device__ void load_slices(const Rows& rows, const Layout& layout, const Shared& shared, int rank, int n, int step) {
-  // Nothing reads these bytes from L2 again. But what L2 throws out is then the gradient, soon and in the order in which
-  // it was written, which the memory takes best: 1.24 ms where loads that go first themselves cost 1.37.
+  // Nothing reads these bytes from L2 again. But what L2 throws out is then the gradient, soon and in the order in
+  // which it was written, which the memory takes best: 1.24 ms where loads that go first themselves cost 1.37.
   const uint64_t policy = evict_last_policy();
   const int bytes = bytes_of_chunk(layout);
   Ring ring{layout.stages};
@@ -324,11 +324,11 @@ __device__ void consume(const Rows& rows, const Layout& layout, const Shared& sh
         }
       };
       if (zero) {
-        sweep([&](Out* to, const float(&)[kSize]) { write_zeros(to); });
+        sweep([&](Out* to, const float (&)[kSize]) { write_zeros(to); });
       } else if (lies_together<Out, kSize>(body)) {
-        sweep([&](Out* to, const float(&x)[kSize]) { store_together(to, x); });
+        sweep([&](Out* to, const float (&x)[kSize]) { store_together(to, x); });
       } else {
-        sweep([&](Out* to, const float(&x)[kSize]) { store_apart(to, x); });
+        sweep([&](Out* to, const float (&x)[kSize]) { store_apart(to, x); });
       }
       // The sampled token's own gradient, over what was written there.
       if (target_first >= 0) {

@@ -246,7 +246,7 @@ struct Statistics {
 
 // A row's softmax as far as its gradient needs it.
 struct Softmax {
-  float logp;  // of the sampled token
+  float logp;     // of the sampled token
   float entropy;  // nats
   float shift;
   float total;

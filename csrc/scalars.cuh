@@ -11,13 +11,20 @@ namespace grpo_fast {
 
 __device__ inline float load(const Values& values, int64_t i) {
   switch (values.dtype) {
-    case DType::kFloat32: return static_cast<const float*>(values.data)[i];
-    case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(values.data)[i]);
-    case DType::kFloat16: return __half2float(static_cast<const __half*>(values.data)[i]);
-    case DType::kFloat64: return static_cast<float>(static_cast<const double*>(values.data)[i]);
-    case DType::kInt32: return static_cast<float>(static_cast<const int32_t*>(values.data)[i]);
-    case DType::kInt64: return static_cast<float>(static_cast<const int64_t*>(values.data)[i]);
-    default: return static_cast<const uint8_t*>(values.data)[i];
+    case DType::kFloat32:
+      return static_cast<const float*>(values.data)[i];
+    case DType::kBFloat16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(values.data)[i]);
+    case DType::kFloat16:
+      return __half2float(static_cast<const __half*>(values.data)[i]);
+    case DType::kFloat64:
+      return static_cast<float>(static_cast<const double*>(values.data)[i]);
+    case DType::kInt32:
+      return static_cast<float>(static_cast<const int32_t*>(values.data)[i]);
+    case DType::kInt64:
+      return static_cast<float>(static_cast<const int64_t*>(values.data)[i]);
+    default:
+      return static_cast<const uint8_t*>(values.data)[i];
   }
 }
 

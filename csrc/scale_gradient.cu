@@ -12,9 +12,8 @@ namespace {
 constexpr int kThreads = 512;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    scale_gradient_kernel(T* gradient, int64_t stride_b, int64_t stride_t, int count, int length, int V,
-                          const float* factor) {
+__global__ void __launch_bounds__(kThreads) scale_gradient_kernel(T* gradient, int64_t stride_b, int64_t stride_t,
+                                                                  int count, int length, int V, const float* factor) {
   const float value = *factor;
   if (value == 1.0f) return;
   for (int n = blockIdx.x; n < count; n += gridDim.x) {
@@ -27,20 +26,24 @@ template <typename T>
 cudaError_t scale(void* gradient, int64_t stride_b, int64_t stride_t, int count, int length, int V, const float* factor,
                   cudaStream_t stream) {
   const int blocks = count < 1024 ? count : 1024;  // a few an SM
-  scale_gradient_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<T*>(gradient), stride_b, stride_t, count, length, V,
-                                                         factor);
+  scale_gradient_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<T*>(gradient), stride_b, stride_t, count, length,
+                                                         V, factor);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t scale_gradient(void* gradient, DType dtype, int64_t stride_b, int64_t stride_t, int count, int length, int V,
-                           const float* factor, cudaStream_t stream) {
+cudaError_t scale_gradient(void* gradient, DType dtype, int64_t stride_b, int64_t stride_t, int count, int length,
+                           int V, const float* factor, cudaStream_t stream) {
   switch (dtype) {
-    case DType::kFloat32: return scale<float>(gradient, stride_b, stride_t, count, length, V, factor, stream);
-    case DType::kBFloat16: return scale<__nv_bfloat16>(gradient, stride_b, stride_t, count, length, V, factor, stream);
-    case DType::kFloat16: return scale<__half>(gradient, stride_b, stride_t, count, length, V, factor, stream);
-    default: return cudaErrorInvalidValue;
+    case DType::kFloat32:
+      return scale<float>(gradient, stride_b, stride_t, count, length, V, factor, stream);
+    case DType::kBFloat16:
+      return scale<__nv_bfloat16>(gradient, stride_b, stride_t, count, length, V, factor, stream);
+    case DType::kFloat16:
+      return scale<__half>(gradient, stride_b, stride_t, count, length, V, factor, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

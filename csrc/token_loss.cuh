@@ -7,7 +7,7 @@
 namespace grpo_fast {
 
 struct TokenLoss {
-  float loss;  // policy + beta KL
+  float loss;    // policy + beta KL
   float d_logp;  // its derivative by logp
   float kl;
   float ratio;
@@ -20,8 +20,8 @@ __device__ inline float either(float x, float y, float if_x_less, float if_y_les
 }
 
 // `chosen`: whether the policy term acts.
-__device__ inline TokenLoss token_loss(float logp, float old_logp, float ref_logp, float advantage,
-                                       float sampler_ratio, bool chosen, const LossOptions& o) {
+__device__ inline TokenLoss token_loss(float logp, float old_logp, float ref_logp, float advantage, float sampler_ratio,
+                                       bool chosen, const LossOptions& o) {
   const float ratio = expf(logp - old_logp);
   float policy, slope, clip = 0.0f;
   if (o.term == kClipped) {
