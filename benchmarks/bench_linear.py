@@ -1,6 +1,6 @@
 """The GRPO loss with its gradients, and log-probs, from hidden states: time, memory and error beside peers.
 
-    python benchmarks/bench_linear.py --quick                              # under 3 minutes on an H200
+    python benchmarks/bench_linear.py --quick                              # a few cases
     python benchmarks/bench_linear.py --out docs/results/linear-h200.json  # every case and peer
     python benchmarks/bench_linear.py --show docs/results/linear-h200.json # the tables of an earlier run
 

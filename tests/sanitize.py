@@ -11,22 +11,25 @@ import torch
 
 from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
 
-B, T = 2, 3
-# A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice.
+B = 2
+# A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice. There
+# are enough of the short ones for every chunk of every ring to be used again.
 VOCABULARIES = {
     torch.bfloat16: (7, 32_000, 80_000, 151_936, 151_937),
     torch.float16: (1_003,),
     torch.float32: (151_936, 1_000_001),
 }
+MANY, FEW = 2_500, 3  # tokens of a sequence
 
 
 def main() -> None:
     torch.manual_seed(0)
     for dtype, vocabularies in VOCABULARIES.items():
         for vocabulary in vocabularies:
+            T = MANY if vocabulary < 2_000 else FEW
             logits = torch.randn(B, T, vocabulary, device="cuda").to(dtype)
             ids = torch.randint(0, vocabulary, (B, T), device="cuda")
-            mask = torch.tensor([[1, 1, 1], [1, 0, 1]], device="cuda")
+            mask = torch.arange(B * T, device="cuda").view(B, T) % 5 != 4
             batch: dict[str, Any] = {
                 "completion_ids": ids,
                 "completion_mask": mask,
