@@ -1,6 +1,7 @@
 """Without a GPU, Triton's kernels run in its interpreter; it must be told before it is imported."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,3 +17,11 @@ KERNELS = ("triton", "cuda") if torch.cuda.is_available() else ("triton",)
 def impl(request: pytest.FixtureRequest) -> str:
     """Each implementation with kernels, in turn."""
     return str(request.param)
+
+
+@pytest.fixture
+def poisoned_buffers() -> Iterator[None]:
+    """Every uninitialized buffer holds NaN, so that what a kernel leaves unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

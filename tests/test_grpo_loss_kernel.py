@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,15 +18,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, V = 4, 5, 301
 MASK = torch.arange(T, device=DEVICE) < torch.tensor([5, 0, 2, 4], device=DEVICE)[:, None]
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_buffers() -> Iterator[None]:
-    """Every uninitialized buffer holds NaN, so that what a kernel leaves unwritten is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def rand(*shape: int, seed: int, scale: float = 1.0) -> Tensor:

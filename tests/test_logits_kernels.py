@@ -1,9 +1,8 @@
-"""The Triton kernels over logits against float64: on a GPU compiled, elsewhere in Triton's interpreter."""
+"""The kernels over logits against float64: on a GPU compiled, elsewhere in Triton's interpreter."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,15 +16,8 @@ from grpo_fast.ops._library import gradient_buffer
 from grpo_fast.ops.selective_log_softmax import _selective_log_softmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 B, T = 3, 4
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_buffers() -> Iterator[None]:
-    """Every uninitialized buffer holds NaN, so that what a kernel leaves unwritten is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def rand(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
