@@ -129,8 +129,10 @@ PYBIND11_MODULE(_C, m) {
          float tau_neg, Address plan_values, Address kept, Address zero_std, Address d_entropy, Address logps,
          Address entropies, Address losses, Address kls, Address ratios, Address clips) -> int {
         want(rewards.first == 0 || group_size >= 1, "group_size", group_size, "1 or more with rewards");
-        want(count == 0 || rewards.first != 0 || advantages.first != 0, "advantages", 0, "their address, or rewards");
-        want(kl_estimator == gf::kNoKL || ref_logps.first != 0, "ref_logps", 0, "their address with a KL term");
+        const bool empty = rows.count == 0;  // whose tensors have no address either
+        want(empty || rewards.first != 0 || advantages.first != 0, "advantages", 0, "their address, or rewards");
+        want(empty || kl_estimator == gf::kNoKL || ref_logps.first != 0, "ref_logps", 0,
+             "their address with a KL term");
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         rows.kept = pointer<const std::uint8_t>(kept);

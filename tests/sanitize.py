@@ -12,8 +12,8 @@ import torch
 from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
 
 B = 2
-# A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice. There
-# are enough of the short ones for every chunk of every ring to be used again.
+# A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice. Many
+# of the short ones follow each other in a ring.
 VOCABULARIES = {
     torch.bfloat16: (7, 32_000, 80_000, 151_936, 151_937),
     torch.float16: (1_003,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,26 @@ ROWS: dict[str, Any] = {
     "cap": 1.0,
     "cap_in": 1.0,
 }
-NONE = (0, 0)
+OPTIONS: dict[str, Any] = dict(
+    group_size=1,
+    divisor=1.0,
+    term="clipped",
+    reduction="constant",
+    low=0.8,
+    high=1.2,
+    delta=None,
+    dual_clip=None,
+    beta=0.0,
+    kl_estimator="k3",
+    bias_correction=False,
+    tau_pos=1.0,
+    tau_neg=1.0,
+    entropy_coef=0.0,
+    scale_rewards="none",
+    temperature=1.0,
+    logit_scale=1.0,
+    softcap=None,
+)
 SHARED_MEMORY = 233_472  # of an SM of a Hopper GPU
 
 
@@ -131,24 +151,7 @@ def launch(out: torch.Tensor | None, logits: torch.Tensor, ids: torch.Tensor) ->
         None,
         torch.arange(1.0, logits.size(0) + 1, device="cuda"),
         *[None] * 9,
-        group_size=1,
-        divisor=1.0,
-        term="clipped",
-        reduction="constant",
-        low=0.8,
-        high=1.2,
-        delta=None,
-        dual_clip=None,
-        beta=0.0,
-        kl_estimator="k3",
-        bias_correction=False,
-        tau_pos=1.0,
-        tau_neg=1.0,
-        entropy_coef=0.0,
-        scale_rewards="none",
-        temperature=1.0,
-        logit_scale=1.0,
-        softcap=None,
+        **OPTIONS,
     )
     return rows[0].view(ids.shape)
 
@@ -187,6 +190,32 @@ def test_a_launch_that_fails_says_what_it_was_for(monkeypatch: pytest.MonkeyPatc
         launch(torch.empty_like(logits), logits, ids)
     monkeypatch.undo()
     assert launch(torch.empty_like(logits), logits, ids).isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("count", [0, 5])
+def test_only_an_empty_batch_may_lack_what_a_loss_needs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """An empty tensor has no address, as None has none. Past the checks it is CUDA that says there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cuda, "layout", lambda *_: _C.Layout(1, 8, 4))
+    extension = SimpleNamespace(
+        Rows=_C.Rows,
+        error_string=_C.error_string,
+        grpo_loss_rows=lambda **arguments: _C.grpo_loss_rows(**{**arguments, "device": 0}),
+    )
+    monkeypatch.setattr(cuda, "_C", extension)
+    logits, ids = torch.zeros(1, count, 10), torch.zeros(1, count, dtype=torch.int64)
+    values = None if count else torch.zeros(1, 0)
+    advantages_to_ref_logps = (values, None, None, values)
+    wanted, message = (ValueError, "advantages: got 0") if count else (RuntimeError, "CUDA error")
+    with pytest.raises(wanted, match=message):
+        cuda.grpo_loss_rows(
+            torch.zeros(6, count).unbind(),
+            *(None, None, logits, ids, None, None),
+            *advantages_to_ref_logps,
+            *[None] * 6,
+            **{**OPTIONS, "beta": 0.1},
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

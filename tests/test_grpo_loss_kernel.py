@@ -198,6 +198,8 @@ def test_layouts(impl: str, kind: str) -> None:
     }[kind]
     b, t = logits.shape[:2]
     check(impl, logits, {"completion_ids": ids(b, t), "rewards": rand(b, seed=1), "group_size": 1 if b < B else 2})
+    per_token = {"advantages": rand(b, t, seed=2), "ref_logps": rand(b, t, seed=3) - 6.0}
+    check(impl, logits, {"completion_ids": ids(b, t), **per_token, "config": GRPOLossConfig(beta=0.1)})
 
 
 def test_masked_rows_are_neither_read_nor_left_as_they_are(impl: str) -> None:
