@@ -379,9 +379,9 @@ def main() -> None:
         torch.cuda.empty_cache()
         if args.out is not None:
             write_json(args.out, {"environment": where, "dtype": args.dtype, "records": records})
-    small = {impl: small_batch(timer, impl) for impl in ("cuda", "triton")}
+    small = {impl: attempt(partial(small_batch, timer, impl)) for impl in ("cuda", "triton")}
     for impl, times in small.items():
-        print(f"\n64 rows, {impl}:", " ".join(f"{name} {value:.4f}" for name, value in times.items()))
+        print(f"\n64 rows, {impl}:", " ".join(f"{name} {value}" for name, value in times.items()))
     if args.out is not None:
         write_json(args.out, {"environment": where, "dtype": args.dtype, "records": records, "small_batch": small})
 

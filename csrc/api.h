@@ -126,11 +126,10 @@ cudaError_t grpo_loss_rows(const Rows& rows, const Layout& layout, const LossOpt
                            const TokenInputs& inputs, bool entropy_bonus, const RowResults& results,
                            cudaStream_t stream);
 
-constexpr int kResults = 13;  // the loss, then the metrics
 constexpr int kPartial = 13;  // what a sequence adds to them
 
-// (kResults,) results from all rows, in a fixed order. `zero_std` is (B,), or null without rewards; `partials` is for
-// max(B, 1) times kPartial numbers and one more.
+// Results from all rows, the loss and then the metrics, in a fixed order. `zero_std` is (B,), or null without rewards;
+// `partials` is for max(B, 1) times kPartial numbers and one more.
 cudaError_t sum_rows(const Batch& batch, const RowResults& rows, const float* zero_std, float entropy_coef,
                      float* partials, float* results, cudaStream_t stream);
 

@@ -237,9 +237,8 @@ PYBIND11_MODULE(_C, m) {
       [](int device, Address stream, Tensor gradient, Strides strides, int count, int T, int V, Address factor) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
-        return code(gf::scale_gradient(pointer<void>(gradient.first), static_cast<gf::DType>(gradient.second),
-                                       strides.first, strides.second, count, T, V, pointer<const float>(factor),
-                                       stream_of(stream)));
+        return code(gf::scale_gradient(pointer<void>(gradient.first), values(gradient).dtype, strides.first,
+                                       strides.second, count, T, V, pointer<const float>(factor), stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("gradient"), py::arg("strides"), py::arg("count"), py::arg("T"),
       py::arg("V"), py::arg("factor"));

@@ -2,13 +2,6 @@
 
 namespace grpo_fast {
 
-template <>
-cudaError_t grpo_loss_of<float>(const Rows&, const Layout&, const GrpoLoss&, bool, cudaStream_t);
-template <>
-cudaError_t grpo_loss_of<__nv_bfloat16>(const Rows&, const Layout&, const GrpoLoss&, bool, cudaStream_t);
-template <>
-cudaError_t grpo_loss_of<__half>(const Rows&, const Layout&, const GrpoLoss&, bool, cudaStream_t);
-
 int chunk_bytes(const Layout& layout) { return bytes_of_chunk(layout); }
 
 int shared_bytes(const Layout& layout) { return bytes_of_block(layout); }

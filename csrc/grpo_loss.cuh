@@ -59,11 +59,6 @@ struct GrpoLoss {
   __device__ void skip(int n) const { results.logps[n] = results.entropies[n] = 0.0f; }
 };
 
-// Instantiated in grpo_loss_*.cu, a dtype of the logits each; called in grpo_loss.cu.
-template <typename In>
-cudaError_t grpo_loss_of(const Rows& rows, const Layout& layout, const GrpoLoss& op, bool entropy_bonus,
-                         cudaStream_t stream);
-
 template <typename In, typename Out>
 cudaError_t grpo_loss_with_gradient(const Rows& rows, const Layout& layout, const GrpoLoss& op, bool entropy_bonus,
                                     cudaStream_t stream) {
@@ -75,10 +70,35 @@ cudaError_t grpo_loss_with_gradient(const Rows& rows, const Layout& layout, cons
                        : launch_resident<In, Out, false, true, false>(rows, op, layout, stream);
 }
 
+// Instantiated in grpo_loss_*.cu, a dtype of the logits each, which compile side by side.
 template <typename In>
-cudaError_t grpo_loss_alone(const Rows& rows, const Layout& layout, const GrpoLoss& op, cudaStream_t stream) {
-  return rows.options.has_softcap ? launch_resident<In, In, true, false, false>(rows, op, layout, stream)
-                                  : launch_resident<In, In, false, false, false>(rows, op, layout, stream);
+cudaError_t grpo_loss_of(const Rows& rows, const Layout& layout, const GrpoLoss& op, bool entropy_bonus,
+                         cudaStream_t stream) {
+  if (rows.out == nullptr) {
+    return rows.options.has_softcap ? launch_resident<In, In, true, false, false>(rows, op, layout, stream)
+                                    : launch_resident<In, In, false, false, false>(rows, op, layout, stream);
+  }
+  if (rows.out_dtype == rows.dtype) {
+    return grpo_loss_with_gradient<In, In>(rows, layout, op, entropy_bonus, stream);
+  }
+  if constexpr (std::is_same_v<In, float>) {
+    switch (rows.out_dtype) {
+      case DType::kBFloat16:
+        return grpo_loss_with_gradient<In, __nv_bfloat16>(rows, layout, op, entropy_bonus, stream);
+      case DType::kFloat16:
+        return grpo_loss_with_gradient<In, __half>(rows, layout, op, entropy_bonus, stream);
+      default:
+        break;
+    }
+  }
+  return cudaErrorInvalidValue;
 }
+
+#define GRPO_FAST_LOSS_OF(In) \
+  template cudaError_t grpo_loss_of<In>(const Rows&, const Layout&, const GrpoLoss&, bool, cudaStream_t)
+
+extern GRPO_FAST_LOSS_OF(float);
+extern GRPO_FAST_LOSS_OF(__nv_bfloat16);
+extern GRPO_FAST_LOSS_OF(__half);
 
 }  // namespace grpo_fast

@@ -74,25 +74,19 @@ __device__ inline uint32_t minus_infinity(__nv_bfloat16) { return 0xff80u; }
 __device__ inline uint32_t minus_infinity(__half) { return 0xfc00u; }
 __device__ inline uint32_t minus_infinity(float) { return 0xff800000u; }
 
-// The larger of each pair; a NaN wins or loses.
-template <bool kNaNWins>
+// The larger of each pair; a NaN loses.
 __device__ inline uint32_t larger(uint32_t a, uint32_t b, __nv_bfloat16) {
-  const auto x = *reinterpret_cast<__nv_bfloat162*>(&a), y = *reinterpret_cast<__nv_bfloat162*>(&b);
-  const auto z = kNaNWins ? __hmax2_nan(x, y) : __hmax2(x, y);
-  return *reinterpret_cast<const uint32_t*>(&z);
+  const auto c = __hmax2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&c);
 }
 
-template <bool kNaNWins>
 __device__ inline uint32_t larger(uint32_t a, uint32_t b, __half) {
-  const auto x = *reinterpret_cast<__half2*>(&a), y = *reinterpret_cast<__half2*>(&b);
-  const auto z = kNaNWins ? __hmax2_nan(x, y) : __hmax2(x, y);
-  return *reinterpret_cast<const uint32_t*>(&z);
+  const auto c = __hmax2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&c);
 }
 
-template <bool kNaNWins>
 __device__ inline uint32_t larger(uint32_t a, uint32_t b, float) {
-  const float x = __uint_as_float(a), y = __uint_as_float(b);
-  return __float_as_uint(!kNaNWins || x == x ? fmaxf(x, y) : x);
+  return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
 }
 
 // The largest of 16 bytes of logits each, NaN aside: halves are compared two at a time, before they are converted.
@@ -101,8 +95,7 @@ __device__ inline float largest(const uint4 (&raw)[kVectors]) {
   uint32_t top = raw[0].x;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    top = larger<false>(larger<false>(larger<false>(larger<false>(top, raw[i].x, T()), raw[i].y, T()), raw[i].z, T()),
-                        raw[i].w, T());
+    top = larger(larger(larger(larger(top, raw[i].x, T()), raw[i].y, T()), raw[i].z, T()), raw[i].w, T());
   }
   float x[Vector<T>::kSize];
   unpack(make_uint4(top, top, top, top), x, T());
@@ -116,9 +109,13 @@ constexpr bool kRaised = std::is_same_v<T, __nv_bfloat16>;
 // Replace -inf, two at a time, by what has probability 0 all the same and makes no 0 * inf. Only bfloat16 holds such a
 // number; for the others `Statistics::add` sees to it, one at a time.
 __device__ inline void raise(uint4& raw) {
-  const uint32_t lowest = 0xf49cf49cu;  // about -1e32
-  raw.x = larger<true>(raw.x, lowest, __nv_bfloat16()), raw.y = larger<true>(raw.y, lowest, __nv_bfloat16());
-  raw.z = larger<true>(raw.z, lowest, __nv_bfloat16()), raw.w = larger<true>(raw.w, lowest, __nv_bfloat16());
+  const auto raised = [](uint32_t pair) {
+    uint32_t lowest = 0xf49cf49cu;  // about -1e32
+    const auto x = *reinterpret_cast<__nv_bfloat162*>(&pair), y = *reinterpret_cast<__nv_bfloat162*>(&lowest);
+    const auto z = __hmax2_nan(x, y);
+    return *reinterpret_cast<const uint32_t*>(&z);
+  };
+  raw = make_uint4(raised(raw.x), raised(raw.y), raised(raw.z), raised(raw.w));
 }
 
 // Take the logit at `place` of a vector, and leave -inf there.

@@ -108,10 +108,8 @@ def grpo_loss_rows(
         ValueError: It does, and the chip does not hold a row.
         RuntimeError: A kernel was not launched.
     """
-    T, V = logits.shape[-2:]
-    N = completion_ids.numel()
+    V, N = logits.size(-1), completion_ids.numel()
     B = logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
-    divisor *= max({"sequences": B, "sequence_tokens": B, "positions": B * T}.get(reduction, 1), 1)
     ends = None if cu_seqlens is None else cu_seqlens[1:]
     plan_values = logits.new_empty(3, N, dtype=torch.float32)
     kept = None if mask is None and ends is None else logits.new_empty(N, dtype=torch.uint8)

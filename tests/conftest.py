@@ -9,8 +9,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: The implementations with kernels that can run here; on a GPU all of them have to.
-KERNELS = ("triton", "cuda") if torch.cuda.is_available() else ("triton",)
+KERNELS = ("triton", "cuda") if DEVICE == "cuda" else ("triton",)
+
+
+def rand(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    """Normal numbers, the same on every machine."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE)
 
 
 @pytest.fixture(params=KERNELS)

@@ -11,19 +11,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from conftest import DEVICE, rand
+
 from grpo_fast import GRPOLossConfig, GRPOLossOutput, grpo_loss
 from grpo_fast.ops import grpo_loss as op
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, V = 4, 5, 301
 MASK = torch.arange(T, device=DEVICE) < torch.tensor([5, 0, 2, 4], device=DEVICE)[:, None]
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
-
-
-def rand(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE)
 
 
 def ids(*shape: int, vocabulary: int = V) -> Tensor:

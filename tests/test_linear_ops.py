@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from conftest import KERNELS
+from conftest import DEVICE, KERNELS, rand
 
 from grpo_fast import (
     GRPOLossConfig,
@@ -25,7 +25,6 @@ from grpo_fast import (
 )
 from grpo_fast.ops import _chunks
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, V, H = 4, 5, 301, 16
 MASK = torch.arange(T, device=DEVICE) < torch.tensor([5, 0, 2, 4], device=DEVICE)[:, None]
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -33,10 +32,6 @@ THREE_ROWS = 3 * 304 * 6  # bytes: several chunks, and an odd last one
 IMPLS = ("torch", *KERNELS)
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
-
-
-def rand(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE)
 
 
 def ids(*shape: int, vocabulary: int = V) -> Tensor:

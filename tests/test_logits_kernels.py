@@ -11,17 +11,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from conftest import DEVICE, rand
+
 from grpo_fast import selective_log_softmax
 from grpo_fast.ops._library import gradient_buffer
 from grpo_fast.ops.selective_log_softmax import _selective_log_softmax
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 B, T = 3, 4
-
-
-def rand(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE)
 
 
 def ids(*shape: int, vocabulary: int, seed: int = 9) -> Tensor:

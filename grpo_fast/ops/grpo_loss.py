@@ -195,7 +195,7 @@ def _fused(
 
 
 def _reduction(batch: LossBatch) -> tuple[str, float, Tensor | None]:
-    """What the sum over tokens is divided by, as ``grpo_loss_rows`` takes it."""
+    """What the sum over tokens is divided by, as ``_grpo_loss`` takes it."""
     c, items = batch.config, batch.num_items_in_batch
     if c.loss_type in ("grpo", "sapo"):
         return "sequence_tokens", 1.0, None
@@ -254,10 +254,14 @@ def _grpo_loss(
     softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss and metrics, logps, entropy); ``gradient`` holds the logits where ``logits`` is None."""
+    """(loss and metrics, logps, entropy); ``gradient`` holds the logits where ``logits`` is None.
+
+    ``divisor`` is multiplied by the number of "sequences", "positions" (B T), or, for "sequence_tokens", sequences.
+    """
     source = gradient if logits is None else logits
     assert source is not None
     B = source.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
+    counts = {"sequences": B, "sequence_tokens": B, "positions": B * source.size(1)}
     logps, entropy = (source.new_empty(completion_ids.shape, dtype=torch.float32) for _ in range(2))
     rows = (logps, entropy, *source.new_empty(4, completion_ids.numel(), dtype=torch.float32))
     zero_std = None if rewards is None else source.new_empty(B, dtype=torch.float32)
@@ -282,7 +286,7 @@ def _grpo_loss(
         None,
         None,
         group_size=group_size,
-        divisor=divisor,
+        divisor=divisor * max(counts.get(reduction, 1), 1),
         term=term,
         reduction=reduction,
         low=low,

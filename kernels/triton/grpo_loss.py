@@ -317,14 +317,13 @@ def grpo_loss_rows(
     first two only, as 0. ``zero_std`` (B,) float32 says whose rewards' group has no spread, if there are rewards.
     ``logits`` and ``out``, which may be the same, are (B, T, V) or, packed, (1, N, V), with any strides; the other
     tensors are contiguous. ``term`` is "clipped", "cispo" or "sapo". The sum over tokens is divided by ``divisor``,
-    by ``num_items``, or as ``reduction`` says: "tokens" of the batch, "sequences" (times ``divisor``), "positions"
-    (B T), or "sequence_tokens", each sequence's own times B; ``token_weights`` (N,) float32 take the place of all
-    that. ``entropy_items`` is what the entropy bonus is divided by, in place of the tokens that count.
+    by ``num_items``, or, as ``reduction`` says, by the "tokens" of the batch or the "sequence_tokens", each
+    sequence's own times ``divisor``; ``token_weights`` (N,) float32 take the place of all that. ``entropy_items``
+    is what the entropy bonus is divided by, in place of the tokens that count.
     """
     T, V = logits.shape[-2:]
     N = completion_ids.numel()
     B = logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
-    divisor *= max({"sequences": B, "sequence_tokens": B, "positions": B * T}.get(reduction, 1), 1)
     shape = SHORT_ROWS if V * logits.element_size() <= SHORT else LONG_ROWS
     programs = programs_on(logits.device, shape["LANES"])
     _grpo_loss_kernel[(max(min(N, programs), 1),)](
