@@ -44,7 +44,7 @@ __device__ inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) 
                : "memory");
 }
 
-// Wait until the phase of this parity is over.
+// Wait until the phase of this parity is over. What this block did before is seen after.
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -56,6 +56,22 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+
+// The same, and what the other blocks of the cluster did is seen too, which drops what L1 holds.
+__device__ inline void barrier_wait_for_cluster(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// What threads read and wrote in shared memory comes before what the copy engine then does there.
+__device__ inline void fence_before_copy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A policy for bytes that L2 keeps longer than others.
 __device__ inline uint64_t evict_last_policy() {

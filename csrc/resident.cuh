@@ -131,9 +131,10 @@ __device__ void load_slices(const Rows& rows, const Layout& layout, const Shared
                         int64_t(slice.first) * 16;
     for (int pass = 0; pass < (kGradient && !slice.stays(layout) ? 2 : 1); ++pass) {
       const char* from = begin;
-      for (int left = slice.vectors * 16; left > 0; left -= bytes, from += bytes, ring.next()) {
-        const int size = min(left, bytes);
+      for (int64_t left = int64_t(slice.vectors) * 16; left > 0; left -= bytes, from += bytes, ring.next()) {
+        const int size = static_cast<int>(min(left, int64_t(bytes)));
         barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+        fence_before_copy();
         barrier_arrive_expect(&shared.full[ring.stage], size);
         copy_to_shared(shared.chunks + ring.stage * bytes, from, size, &shared.full[ring.stage], policy);
       }
@@ -157,8 +158,12 @@ __device__ void account(const Rows& rows, const Op& op, const Layout& layout, co
     const typename Op::Inputs inputs = op.load(n);  // on its way while the row is summed
     const int64_t target = integer(rows.ids, n);
     const int half = turn % 2;
-    barrier_wait(&shared.summed[half], turn / 2 % 2);
-    if (lane == 0) barrier_arrive_expect(&shared.summed[half], entries * 16);  // for the row after the next
+    if (layout.cluster > 1) {
+      barrier_wait_for_cluster(&shared.summed[half], turn / 2 % 2);
+      if (lane == 0) barrier_arrive_expect(&shared.summed[half], entries * 16);  // for the row after the next
+    } else {
+      barrier_wait(&shared.summed[half], turn / 2 % 2);
+    }
     Statistics rest;
     for (int i = lane; i < entries; i += 32) {
       const float4 sent = shared.statistics[half * entries + i];
@@ -291,10 +296,14 @@ __device__ void consume(const Rows& rows, const Layout& layout, const Shared& sh
     }
     part.merge_warp(inner);
     if (!kGradient && turn > 0) barrier_wait(shared.ready, (turn - 1) % 2);  // at most two rows of sums at a time
-    if (lane < layout.cluster) {
-      const int half = turn % 2;
-      float4* slot = shared.statistics + half * layout.cluster * layout.consumers + rank * layout.consumers + warp;
-      store_to_rank(slot, make_float4(part.base, part.sum, part.weighted, part.target), &shared.summed[half], lane);
+    const int half = turn % 2;
+    float4* slot = shared.statistics + half * layout.cluster * layout.consumers + rank * layout.consumers + warp;
+    const float4 sums = make_float4(part.base, part.sum, part.weighted, part.target);
+    if (layout.cluster > 1) {
+      if (lane < layout.cluster) store_to_rank(slot, sums, &shared.summed[half], lane);
+    } else if (lane == 0) {
+      *slot = sums;
+      barrier_arrive(&shared.summed[half]);
     }
 
     // Gradient.
@@ -331,7 +340,7 @@ __device__ void consume(const Rows& rows, const Layout& layout, const Shared& sh
         sweep([&](Out* to, const float (&x)[kSize]) { store_apart(to, x); });
       }
       // The sampled token's own gradient, over what was written there.
-      if (target_first >= 0) {
+      if (target_first >= 0 && !zero) {
         store(out + target, slopes.of_target<kSoftcap>(part.target, options));
       }
       if (edge >= 0) {
@@ -358,8 +367,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) resident_kernel(const Rows row
       barrier_init(&shared.empty[i], layout.consumers);
     }
     for (int i = 0; i < 2; ++i) {
-      barrier_init(&shared.summed[i], 1);
-      barrier_arrive_expect(&shared.summed[i], entries * 16);
+      if (layout.cluster > 1) {
+        barrier_init(&shared.summed[i], 1);
+        barrier_arrive_expect(&shared.summed[i], entries * 16);
+      } else {
+        barrier_init(&shared.summed[i], layout.consumers);
+      }
     }
     barrier_init(shared.ready, 1);
     barrier_init_fence();

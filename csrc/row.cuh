@@ -266,7 +266,8 @@ struct Softmax {
     // shift is a rounded base * inner; what it is off by is taken back here, where it does not cancel.
     const float log_total = logf(row.total) - kLn2 * __fmaf_rn(rest.base, inner, -row.shift);
     row.logp = u_t >= rest.base ? -log1pf(rest.sum / e_t) : (u_t - rest.base) * options.slope - log_total;
-    if (!sampled) row.logp = NAN;
+    // A row of nothing but -inf, or of what is as good as that, has no softmax.
+    if (!sampled || row.total == 0.0f) row.logp = NAN;
     const float mean_d = (rest.weighted + e_t * fmaxf(d_t, kLowest)) / row.total;
     row.entropy = kLn2 * (log2f(row.total) - mean_d);
     return row;

@@ -16,9 +16,22 @@ __global__ void __launch_bounds__(kThreads) scale_gradient_kernel(T* gradient, i
                                                                   int count, int length, int V, const float* factor) {
   const float value = *factor;
   if (value == 1.0f) return;
+  constexpr int kSize = Vector<T>::kSize;
   for (int n = blockIdx.x; n < count; n += gridDim.x) {
     T* row = gradient + n / length * stride_b + n % length * stride_t;
-    for (int i = threadIdx.x; i < V; i += kThreads) store(row + i, static_cast<float>(row[i]) * value);
+    const auto scale_one = [&](int i) { store(row + i, static_cast<float>(row[i]) * value); };
+    const int head = min(static_cast<int>(-reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T)), V);
+    const int vectors = (V - head) / kSize;
+    for (int i = threadIdx.x; i < vectors; i += kThreads) {
+      T* to = row + head + i * kSize;
+      float x[kSize];
+      unpack(__ldcs(reinterpret_cast<const uint4*>(to)), x, T());
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) x[j] *= value;
+      store_together(to, x);
+    }
+    for (int i = threadIdx.x; i < head; i += kThreads) scale_one(i);
+    for (int i = head + vectors * kSize + threadIdx.x; i < V; i += kThreads) scale_one(i);
   }
 }
 

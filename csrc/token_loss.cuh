@@ -32,8 +32,8 @@ __device__ inline TokenLoss token_loss(float logp, float old_logp, float ref_log
     const float free = ratio <= o.delta ? 1.0f : 0.0f;
     const float inside = ratio >= o.low && ratio <= o.high ? 1.0f : 0.0f;
     slope = -advantage * either(x, y, free, inside);
-    if (o.has_dual_clip) {
-      const float most = advantage < 0.0f ? -o.dual_clip * advantage : INFINITY;
+    if (o.has_dual_clip && advantage < 0.0f) {
+      const float most = -o.dual_clip * advantage;
       slope = either(policy, most, slope, 0.0f);
       policy = fminf(policy, most);
     }

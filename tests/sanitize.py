@@ -1,6 +1,8 @@
 """A small run of every CUDA kernel, to be watched by compute-sanitizer on a machine with a GPU:
 
-for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $tool python tests/sanitize.py; done
+for tool in memcheck racecheck synccheck; do
+  compute-sanitizer --tool $tool --kernel-regex kns=grpo_fast python tests/sanitize.py
+done
 """
 
 from __future__ import annotations
@@ -12,21 +14,21 @@ import torch
 from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
 
 B = 2
-# A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice. Many
-# of the short ones follow each other in a ring.
+# A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice.
 VOCABULARIES = {
     torch.bfloat16: (7, 32_000, 80_000, 151_936, 151_937),
     torch.float16: (1_003,),
     torch.float32: (151_936, 1_000_001),
 }
-MANY, FEW = 2_500, 3  # tokens of a sequence
+LOGITS = 20_000_000  # rows for every cluster that runs at a time and more, so that they follow each other in a ring
+MOST = 5_000  # rows
 
 
 def main() -> None:
     torch.manual_seed(0)
     for dtype, vocabularies in VOCABULARIES.items():
         for vocabulary in vocabularies:
-            T = MANY if vocabulary < 2_000 else FEW
+            T = min(LOGITS // vocabulary, MOST) // B
             logits = torch.randn(B, T, vocabulary, device="cuda").to(dtype)
             ids = torch.randint(0, vocabulary, (B, T), device="cuda")
             mask = torch.arange(B * T, device="cuda").view(B, T) % 5 != 4

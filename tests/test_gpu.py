@@ -146,8 +146,8 @@ def test_memory_is_that_of_a_chunk() -> None:
 
 def test_more_than_2_31_elements() -> None:
     rows, vocab = 2**14 + 1, 2**17
-    if torch.cuda.mem_get_info()[0] < 80 * 2**30:
-        pytest.skip("needs 80 GiB of free GPU memory")
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
     logits = torch.zeros(rows, vocab, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     index = torch.zeros(rows, dtype=torch.int64, device="cuda")
     index[-1] = vocab - 1

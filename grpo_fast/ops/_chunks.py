@@ -5,10 +5,14 @@ Whoever computes something from logits does, with rows in the order of ``Rows``:
     for rows, live in head.chunks():
         logits = head.logits(rows)              # float32, in memory that every chunk uses again
         ...                                     # write the logits' gradient to head.gradient(rows) if live
-        head.backpropagate(rows, gradient)      # its products with weight and hidden states
+        head.backpropagate(rows)                # its products with weight and hidden states, once a section is full
 
 Logits come from the product in float32. Their gradient is rounded once, to the precision of the product that it
 enters; what that gives is added up in float32 and rounded once.
+
+In half precision a gradient takes half of the memory that its logits take, and the sum over the rows is read and
+written by each product that adds to it. So chunks of logits are short, and the gradients of several, a section, enter
+the products together.
 """
 
 from __future__ import annotations
@@ -20,8 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: What the logits of a chunk may take, in bytes, where the caller does not say.
+#: What the logits of a chunk and the gradients of a section may take, in bytes, where the caller does not say.
 WORKSPACE_BYTES = 2 * 2**30
+#: The share of the logits in that, if they have a gradient in half precision, is one in so many. Shorter chunks are
+#: more launches, longer ones leave less for the gradients.
+LOGITS_SHARE = 4
 #: Chunks are a multiple of this many rows, if there are so many: a matrix product works in tiles.
 TILE_ROWS = 128
 
@@ -138,7 +145,7 @@ class ChunkedHead:
         bias: (V,), or None.
         rows: Which rows, in which order.
         needs: Which of the three get a gradient.
-        workspace_bytes: What the logits of a chunk and their gradient may take.
+        workspace_bytes: What the logits of a chunk and the gradients of a section may take.
         weight_grad_out: (V, H) float32 that the weight's gradient is added to; None for a tensor of its own.
         scale: A scalar that the gradients of the logits come multiplied by, so that they do not underflow.
     """
@@ -165,12 +172,17 @@ class ChunkedHead:
 
         # Rows begin at multiples of 16 bytes, whatever V is.
         width = -(-V // 8) * 8
-        half = self.dtype != torch.float32
-        self._most = max(workspace_bytes // (width * (6 if half and rows.live else 4)), 1)
-        longest = max((part.stop - part.start for part, _ in self.chunks()), default=0)
-        self._logits = weight.new_empty(longest, width, dtype=torch.float32)[:, :V]
+        two_buffers = self.dtype != torch.float32 and rows.live > 0
+        self._chunk_rows = self._section_rows = max(workspace_bytes // (4 * width), 1)
+        if two_buffers:
+            self._chunk_rows = max(_to_tiles(self._chunk_rows // LOGITS_SHARE), 1)
+            left = workspace_bytes // width - 4 * self._chunk_rows
+            self._section_rows = max(left // self.dtype.itemsize, self._chunk_rows)
+        self._section = slice(0, 0)
+        longest = max((_length(section) for section, _ in self._sections()), default=0)
+        self._logits = weight.new_empty(min(longest, self._chunk_rows), width, dtype=torch.float32)[:, :V]
         self._gradient = self._logits  # over the logits, an element in the place of another
-        if half and rows.live:
+        if two_buffers:
             self._gradient = weight.new_empty(longest, width, dtype=self.dtype)[:, :V]
 
         self._scale = scale
@@ -180,7 +192,6 @@ class ChunkedHead:
         if needs.hidden:
             make = hidden.new_empty if rows.live == rows.count else hidden.new_zeros
             self._d_hidden = make(rows.count, H, dtype=gradient_dtype(hidden))
-            self._d_rows = hidden.new_empty(longest, H, dtype=torch.float32)
         self._weight_dtype = gradient_dtype(weight)
         self._weight_grad_out = weight_grad_out
         self._weight_has_values = weight_grad_out is not None
@@ -188,44 +199,48 @@ class ChunkedHead:
             self._d_weight = weight_grad_out if scale is None else weight_grad_out.mul_(scale)
         elif needs.weight:
             # Added up in float32, unless one product gives it all.
-            direct = rows.live <= self._most and self._weight_dtype == self.dtype
+            direct = rows.live <= self._section_rows and self._weight_dtype == self.dtype
             self._d_weight = weight.new_empty(V, H, dtype=self._weight_dtype if direct else torch.float32)
         if needs.bias:
             self._d_bias = weight.new_zeros(V, dtype=torch.float32)
 
     def chunks(self) -> Iterator[tuple[slice, bool]]:
-        """Consecutive rows that fit the workspace, of about equal numbers; and whether they get a gradient."""
-        for begin, end in ((0, self.rows.live), (self.rows.live, self.rows.total)):
-            if end > begin:
-                even = -(-(end - begin) // -(-(end - begin) // self._most))
-                size = min(-(-even // TILE_ROWS) * TILE_ROWS, self._most)
-                for start in range(begin, end, size):
-                    yield slice(start, min(start + size, end)), begin < self.rows.live
+        """Consecutive rows whose logits fit the workspace; and whether they get a gradient."""
+        for section, live in self._sections():
+            self._section, self._x = section, self._rows_of_hidden(section)
+            for chunk in _even_parts(section, self._chunk_rows):
+                yield chunk, live
+
+    def _sections(self) -> Iterator[tuple[slice, bool]]:
+        for part, most, live in (
+            (slice(0, self.rows.live), self._section_rows, True),
+            (slice(self.rows.live, self.rows.total), self._chunk_rows, False),
+        ):
+            for section in _even_parts(part, most):
+                yield section, live
+
+    def _within_section(self, rows: slice) -> slice:
+        return slice(rows.start - self._section.start, rows.stop - self._section.start)
 
     def logits(self, rows: slice) -> Tensor:
         """(n, V) float32, in memory that the next call uses again."""
-        self._x = self._rows_of_hidden(rows)
-        logits = self._logits[: rows.stop - rows.start]
-        product(self._x, self._weight.t(), logits)
+        logits = self._logits[: _length(rows)]
+        product(self._x[self._within_section(rows)], self._weight.t(), logits)
         if self._bias is not None:
             logits += self._bias
         return logits
 
     def gradient(self, rows: slice) -> Tensor:
         """(n, V), where the gradient of the logits of these rows is to be written."""
-        return self._gradient[: rows.stop - rows.start]
+        return self._gradient[self._within_section(rows)]
 
-    def backpropagate(self, rows: slice, gradient: Tensor) -> None:
-        """Take the logits' gradient to hidden states, weight and bias. Comes after ``logits`` of the same rows."""
+    def backpropagate(self, rows: slice) -> None:
+        """Take the gradients of a section to hidden states, weight and bias, when these rows are its last."""
+        if rows.stop < self._section.stop:
+            return
+        gradient = self._gradient[: _length(self._section)]
         if self._d_hidden is not None:
-            d_rows = self._d_rows[: rows.stop - rows.start]
-            product(gradient, self._weight, d_rows)
-            if self._scale is not None:
-                d_rows /= self._scale
-            if self.rows.index is None:
-                self._d_hidden[rows] = d_rows
-            else:
-                self._d_hidden.index_copy_(0, self.rows.index[rows], d_rows.to(self._d_hidden.dtype))
+            self._backpropagate_to_hidden(gradient, self._d_hidden)
         if self._d_weight is not None:
             if self._weight_has_values:
                 add_product(gradient.t(), self._x, self._d_weight)
@@ -234,6 +249,20 @@ class ChunkedHead:
             self._weight_has_values = True
         if self._d_bias is not None:
             self._d_bias += gradient.sum(0, dtype=torch.float32)
+
+    def _backpropagate_to_hidden(self, gradient: Tensor, d_hidden: Tensor) -> None:
+        index = self.rows.index
+        if index is None and self._scale is None and d_hidden.dtype in (self.dtype, torch.float32):
+            return product(gradient, self._weight, d_hidden[self._section])
+        d_rows = gradient.new_empty(gradient.size(0), d_hidden.size(1), dtype=torch.float32)
+        product(gradient, self._weight, d_rows)
+        if self._scale is not None:
+            d_rows /= self._scale
+        if index is None:
+            d_hidden[self._section] = d_rows
+        else:
+            d_hidden.index_copy_(0, index[self._section], d_rows.to(d_hidden.dtype))
+        return None
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in ``gradient_dtype``; empty where there is none to hand out."""
@@ -265,6 +294,24 @@ class ChunkedHead:
         if self.rows.mask is not None:
             x = torch.where(self.rows.mask[rows, None], x, 0.0)
         return x.to(self.dtype)
+
+
+def _length(rows: slice) -> int:
+    return int(rows.stop - rows.start)
+
+
+def _to_tiles(rows: int) -> int:
+    """A multiple of the tile, unless there are few rows."""
+    return rows if rows < TILE_ROWS // 2 else -(-rows // TILE_ROWS) * TILE_ROWS
+
+
+def _even_parts(rows: slice, most: int) -> Iterator[slice]:
+    """Parts of ``rows`` of at most so many and, but for tiles, of equal numbers."""
+    if _length(rows) > 0:
+        parts = -(-_length(rows) // most)
+        size = min(_to_tiles(-(-_length(rows) // parts)), most)
+        for start in range(rows.start, rows.stop, size):
+            yield slice(start, min(start + size, rows.stop))
 
 
 def check_workspace(workspace_bytes: object) -> int:

@@ -152,7 +152,7 @@ def linear_token_loss(
             if gradient is not None:
                 if label_smoothing:
                     add_gradient_above_mean(gradient, labels, smoothing)
-                head.backpropagate(part, gradient)
+                head.backpropagate(part)
         if scale is not None:
             results[2] /= scale
         return rows.spread(results), *head.finish()
