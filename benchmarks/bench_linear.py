@@ -183,6 +183,12 @@ def logps_cce(x: Inputs) -> Tensor:
     return -linear_cross_entropy(x.hidden, x.weight, torch.where(x.mask, x.ids, -100), reduction="none")
 
 
+def logps_unsloth(x: Inputs) -> Tensor:
+    from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+
+    return fused_linear_logprobs(x.hidden, x.weight, x.ids, mask=x.mask if x.case.padding else None)
+
+
 def logps_verl(x: Inputs) -> Tensor:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
@@ -240,6 +246,7 @@ PROVIDERS = (
     Provider("grpo_fast", logps_ours, loss_ours, peer=False),
     Provider("TRL", logps_trl),
     Provider("Liger scaled cross entropy", logps_liger_scaled),
+    Provider("Unsloth", logps_unsloth),
     Provider("cut-cross-entropy", logps_cce),
     Provider("verl", logps_verl),
     Provider("Liger fused linear GRPO", loss=loss_liger_linear, slow=True),

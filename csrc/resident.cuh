@@ -158,11 +158,11 @@ __device__ void account(const Rows& rows, const Op& op, const Layout& layout, co
     const typename Op::Inputs inputs = op.load(n);  // on its way while the row is summed
     const int64_t target = integer(rows.ids, n);
     const int half = turn % 2;
-    if (layout.cluster > 1) {
+    if (layout.cluster == 1) {
+      barrier_wait(&shared.summed[half], turn / 2 % 2);
+    } else {
       barrier_wait_for_cluster(&shared.summed[half], turn / 2 % 2);
       if (lane == 0) barrier_arrive_expect(&shared.summed[half], entries * 16);  // for the row after the next
-    } else {
-      barrier_wait(&shared.summed[half], turn / 2 % 2);
     }
     Statistics rest;
     for (int i = lane; i < entries; i += 32) {
@@ -173,12 +173,9 @@ __device__ void account(const Rows& rows, const Op& op, const Layout& layout, co
     const Softmax row = Softmax::from(rest, target >= 0 && target < rows.V, rows.options);
     const typename Op::Result result = op.evaluate(inputs, row);
     const Slopes slopes = Slopes::from(row, result.d_logp, result.d_entropy, rows.options);
-    __syncwarp();
-    if (lane == 0) {
-      *shared.slopes = slopes;
-      barrier_arrive(shared.ready);
-      if (rank == 0) op.store(n, row, result);
-    }
+    if (lane == 0) *shared.slopes = slopes;
+    barrier_arrive(shared.ready);
+    if (rank == 0 && lane == 0) op.store(n, row, result);
     ++turn;
   }
 }
@@ -216,10 +213,7 @@ __device__ void consume(const Rows& rows, const Layout& layout, const Shared& sh
     const float zeros[kSize] = {};
     lies_together<Out, kSize>(to) ? store_together(to, zeros) : store_apart(to, zeros);
   };
-  const auto release = [&](const Ring& at) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.empty[at.stage]);
-  };
+  const auto release = [&](const Ring& at) { barrier_arrive(&shared.empty[at.stage]); };
 
   for (; n < rows.count; n += step) {
     const int64_t id = next_id;
@@ -299,12 +293,12 @@ __device__ void consume(const Rows& rows, const Layout& layout, const Shared& sh
     const int half = turn % 2;
     float4* slot = shared.statistics + half * layout.cluster * layout.consumers + rank * layout.consumers + warp;
     const float4 sums = make_float4(part.base, part.sum, part.weighted, part.target);
-    if (layout.cluster > 1) {
-      if (lane < layout.cluster) store_to_rank(slot, sums, &shared.summed[half], lane);
-    } else if (lane == 0) {
-      *slot = sums;
-      barrier_arrive(&shared.summed[half]);
+    if (layout.cluster == 1) {
+      if (lane == 0) *slot = sums;
+    } else if (lane < layout.cluster) {
+      store_to_rank(slot, sums, &shared.summed[half], lane);
     }
+    barrier_arrive(&shared.summed[half]);  // done with the slopes of the row before, too
 
     // Gradient.
     if (kGradient) {
@@ -361,20 +355,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1) resident_kernel(const Rows row
   extern __shared__ __align__(128) char memory[];
   const Shared shared(memory, layout);
   const int rank = cluster_rank(), entries = layout.cluster * layout.consumers;
+  // Every thread arrives for itself: no slower than one for its warp, and racecheck can follow it.
+  const int consumers = 32 * layout.consumers;
   if (threadIdx.x == 0) {
     for (int i = 0; i < layout.stages; ++i) {
       barrier_init(&shared.full[i], 1);
-      barrier_init(&shared.empty[i], layout.consumers);
+      barrier_init(&shared.empty[i], consumers);
     }
     for (int i = 0; i < 2; ++i) {
-      if (layout.cluster > 1) {
-        barrier_init(&shared.summed[i], 1);
-        barrier_arrive_expect(&shared.summed[i], entries * 16);
-      } else {
-        barrier_init(&shared.summed[i], layout.consumers);
-      }
+      // The cluster's sums are counted in bytes, after an arrival of its own; what a single block stores is not.
+      barrier_init(&shared.summed[i], consumers + (layout.cluster > 1));
+      if (layout.cluster > 1) barrier_arrive_expect(&shared.summed[i], entries * 16);
     }
-    barrier_init(shared.ready, 1);
+    barrier_init(shared.ready, 32);
     barrier_init_fence();
   }
   cluster_sync();

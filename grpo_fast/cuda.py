@@ -42,10 +42,12 @@ def layout(row_bytes: int, device: int, gradient: bool) -> _C.Layout:
     Two blocks share an SM if a row fits into half of it: one computes while the other waits. A row that no cluster
     holds is read twice. Without a gradient rows pass by, and a block takes one alone.
     """
-    gpu = torch.cuda.get_device_properties(device)
+    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    if not gradient:
+        return _fill(shared_memory, 1, 1)
     for blocks, cluster in ((2, 1), *((1, cluster) for cluster in CLUSTERS)):
-        found = _fill(gpu.shared_memory_per_multiprocessor, blocks, cluster)
-        if found.stages * found.chunk_bytes >= LOOKAHEAD * row_bytes / cluster or (blocks == 1 and not gradient):
+        found = _fill(shared_memory, blocks, cluster)
+        if found.stages * found.chunk_bytes >= LOOKAHEAD * row_bytes / cluster:
             break
     return found
 

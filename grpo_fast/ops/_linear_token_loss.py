@@ -153,6 +153,7 @@ def linear_token_loss(
                 if label_smoothing:
                     add_gradient_above_mean(gradient, labels, smoothing)
                 head.backpropagate(part)
+            del logits, gradient  # the memory is the head's, to give back in finish()
         if scale is not None:
             results[2] /= scale
         return rows.spread(results), *head.finish()

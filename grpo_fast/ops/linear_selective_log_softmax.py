@@ -275,6 +275,7 @@ def _linear_logps_backward(
             if label_smoothing:
                 add_gradient_above_mean(gradient, labels, factor if kept is None else factor * kept)
             head.backpropagate(part)
+            del logits, gradient  # the memory is the head's, to give back in finish()
         d_hidden, d_weight, d_bias = head.finish()
         if bias is not None:
             d_bias = d_bias.to(bias.dtype)
