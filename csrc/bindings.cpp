@@ -37,15 +37,17 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
+    moved_ = error_ == cudaSuccess && before_ != device;
+    if (moved_) error_ = cudaSetDevice(device);
   }
   ~OnDevice() {
-    if (error_ == cudaSuccess) cudaSetDevice(before_);
+    if (moved_) cudaSetDevice(before_);
   }
   cudaError_t error() const { return error_; }
 
  private:
   int before_ = 0;
+  bool moved_ = false;
   cudaError_t error_;
 };
 

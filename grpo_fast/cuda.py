@@ -117,9 +117,13 @@ def grpo_loss_rows(
     kept = None if mask is None and ends is None else logits.new_empty(N, dtype=torch.uint8)
     d_entropy = logits.new_empty((), dtype=torch.float32)
     device, row_bytes = logits.device.index, V * logits.element_size()
-    shared = out is not None and out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
-    if shared and not stays(row_bytes, device):
-        raise ValueError(f"out: got the logits' memory with rows of {row_bytes} bytes, want memory of its own")
+    if out is not None and _in_place_of_another_dtype(out, logits):
+        if not stays(row_bytes, device):
+            raise ValueError(f"out: got the logits' memory with rows of {row_bytes} bytes, want memory of its own")
+        for dim in (0, 1):
+            got, want = out.stride(dim), 2 * logits.stride(dim)
+            if got != want and logits.size(dim) > 1:
+                raise ValueError(f"out: got stride {got} in dim {dim} of the logits' memory, want {want}")
     logps, entropies, losses, kls, ratios, clips = (x.data_ptr() for x in rows)
     error = _C.grpo_loss_rows(
         device=device,
@@ -253,7 +257,14 @@ def selective_log_softmax_bwd(
     logit_scale: float,
     softcap: float | None,
 ) -> None:
-    """As ``grpo_fast.kernels.selective_log_softmax.selective_log_softmax_bwd``."""
+    """As ``grpo_fast.kernels.selective_log_softmax.selective_log_softmax_bwd``.
+
+    Raises:
+        ValueError: ``out`` is of another dtype in the logits' memory.
+        RuntimeError: The kernel was not launched.
+    """
+    if _in_place_of_another_dtype(out, logits):
+        raise ValueError(f"out: got {out.dtype} in the memory of {logits.dtype} logits, want memory of its own")
     if index.numel() > 0:
         error = _C.log_probs_gradient(
             device=logits.device.index,
@@ -285,6 +296,10 @@ def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
             factor=factor.float().data_ptr(),
         )
         _check(error, "scale_gradient", gradient)
+
+
+def _in_place_of_another_dtype(out: Tensor, logits: Tensor) -> bool:
+    return out.dtype != logits.dtype and out.numel() > 0 and out.data_ptr() == logits.data_ptr()
 
 
 def _rows(

@@ -181,6 +181,21 @@ def test_a_row_that_does_not_stay_is_not_overwritten_by_another_dtype() -> None:
 
 
 @on_gpu
+def test_a_gradient_in_the_logits_memory_lies_where_they_do() -> None:
+    logits, ids = torch.randn(2, 3, 64, device="cuda"), torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match="out: got stride 64 in dim 1 of the logits' memory, want 128"):
+        launch(logits.view(torch.bfloat16).as_strided((2, 3, 64), (384, 64, 1)), logits, ids)
+
+
+def test_the_backward_of_log_probs_wants_memory_of_its_own_for_another_dtype() -> None:
+    logits, rows = torch.randn(1, 2, 64), torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=r"out: got torch\.bfloat16 in the memory of torch\.float32 logits, want"):
+        cuda.selective_log_softmax_bwd(
+            logits.view(torch.bfloat16)[..., :64], logits, rows.long(), None, *[rows] * 5, None, 1.0, 1.0, None
+        )
+
+
+@on_gpu
 def test_a_launch_that_fails_says_what_it_was_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block with more shared memory than there is."""
     logits, ids = torch.randn(1, 2, 100, device="cuda"), torch.zeros(1, 2, dtype=torch.int64, device="cuda")
