@@ -20,7 +20,7 @@ VOCABULARIES = {
     torch.float16: (1_003,),
     torch.float32: (151_936, 1_000_001),
 }
-LOGITS = 20_000_000  # rows for every cluster that runs at a time and more, so that they follow each other in a ring
+LOGITS = 12_000_000  # rows for every cluster that runs at a time and more, so that they follow each other in a ring
 MOST = 5_000  # rows
 
 
