@@ -224,7 +224,8 @@ class BuildExtension(build_ext):
 class Build(build):
     """Runs build_ext without an extension too, as that says so: once, and only where something is built."""
 
-    sub_commands = tuple((name, None if name == "build_ext" else test) for name, test in build.sub_commands)
+    # A list, as setuptools has it: other packages' plugins append to it.
+    sub_commands = [(name, None if name == "build_ext" else test) for name, test in build.sub_commands]  # noqa: RUF012
 
 
 def extensions(environ: Mapping[str, str]) -> list[Extension]:

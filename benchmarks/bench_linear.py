@@ -1,38 +1,32 @@
-"""The GRPO loss with its gradients, and log-probs, from hidden states: time, memory and error beside peers.
-
-    python benchmarks/bench_linear.py --quick                              # a few cases
-    python benchmarks/bench_linear.py --out docs/results/linear-h200.json  # every case and peer
-    python benchmarks/bench_linear.py --show docs/results/linear-h200.json # the tables of an earlier run
-
-"of the products" is the time beside that of the matrix products alone, in bfloat16 by cuBLAS, which take turns with
-what is measured: three for loss and gradients, two with a frozen head, one for log-probs, always over all rows.
-Rows are peaked: logits to 40, and 80 % of the rows nearly sure of their token. Errors are against float64: the
-largest of a log-prob in nats, and, relative in the Frobenius norm, those of the gradients of 64 hidden states and 64
-rows of the head. Every provider gets the same inputs; one that fails is recorded with its reason. Peers are run where
-they are installed: pip install trl liger-kernel cut-cross-entropy verl.
-"""
+"""Log-probs, and the GRPO loss with its gradients, from hidden states: logits in chunks, or not at all."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from harness import Timer, attempt, environment, peak_memory, write_json
 from torch import Tensor
 
 from grpo_fast import GRPOLossConfig, linear_grpo_loss, linear_selective_log_softmax
+
+from .harness import Benchmark, Provider, Record, Task, Timer, run_task
 
 SEQUENCES = 8
 CHECKED = 64  # hidden states, and rows of the head, whose gradients are held against float64
 CHECKED_ROWS = 8192  # float64 takes its time
 PRODUCT_ROWS = 8192  # that the bare products take at a time
-EAGER_BYTES = 48 * 2**30  # what providers that hold all logits in float32, with their gradient, may take
+NOTES = """\
+The ceiling is the matrix products alone, in bfloat16 by cuBLAS: three for loss and gradients, two with a frozen head,
+one for log-probs, always over all rows, so that with padding or dead rows (advantage 0, no KL) a time can be below
+it. Inputs are bfloat16. Rows are peaked: logits to 40, and 80 % of the rows nearly sure of their token. Errors are
+against float64: the largest of a log-prob in nats, and, relative in the Frobenius norm, those of the gradients of 64
+hidden states and of 64 rows of the head. "MiB" bounds what grpo_fast keeps of logits and gradients
+(`workspace_bytes`); memory is the peak beyond inputs, gradients included, and while that of the head is added
+up in float32 that is 4 V H bytes of it. Peers that give log-probs are given the loss in plain torch."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +40,24 @@ class Case:
     frozen_head: bool = False
     peers: bool = True  # whether they differ from those of another case
 
-    @property
-    def title(self) -> str:
-        extra = [f"{self.workspace_mib} MiB"]
-        extra += [f"{self.padding:.0%} padding"] if self.padding else []
-        extra += [f"{self.dead:.0%} of the rows dead"] if self.dead else []
-        extra += ["frozen head"] if self.frozen_head else []
-        return f"N {self.rows:,}, H {self.hidden:,}, V {self.vocabulary:,}, " + ", ".join(extra)
+
+def title(case: dict[str, Any]) -> str:
+    extra = [f"{case['workspace_mib']} MiB"]
+    extra += [f"{case['padding']:.0%} padding"] if case["padding"] else []
+    extra += [f"{case['dead']:.0%} of the rows dead"] if case["dead"] else []
+    extra += ["frozen head"] if case["frozen_head"] else []
+    return f"N {case['rows']:,}, H {case['hidden']:,}, V {case['vocabulary']:,}, " + ", ".join(extra)
 
 
 BASE = Case()
-QUICK = [
+QUICK = (
     BASE,
     replace(BASE, workspace_mib=512, peers=False),
     replace(BASE, padding=0.3, peers=False),
     replace(BASE, dead=0.5, peers=False),
-    replace(BASE, frozen_head=True),
-]
-FULL = [
+    replace(BASE, frozen_head=True, peers=False),
+)
+FULL = (
     BASE,
     *(replace(BASE, rows=n) for n in (1024, 4096, 32768)),
     replace(BASE, rows=131072, peers=False),
@@ -75,7 +69,7 @@ FULL = [
     *(replace(BASE, dead=d, peers=False) for d in (0.25, 0.5, 0.75)),
     replace(BASE, frozen_head=True),
     replace(BASE, hidden=4096, frozen_head=True),
-]
+)
 
 
 class Inputs:
@@ -204,11 +198,13 @@ def _plain(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     return torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, ids[..., None])[..., 0]
 
 
-_compiled = torch.compile(_plain)
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_plain)
 
 
 def logps_compiled(x: Inputs) -> Tensor:
-    return _compiled(x.hidden, x.weight, x.ids)
+    return _compiled()(x.hidden, x.weight, x.ids)
 
 
 def loss_liger_linear(x: Inputs) -> Tensor:
@@ -226,39 +222,49 @@ def loss_liger_linear(x: Inputs) -> Tensor:
     )[0]
 
 
-@dataclass(frozen=True)
-class Provider:
-    name: str
-    logps: Callable[[Inputs], Tensor] | None = None
-    loss: Callable[[Inputs], Tensor] | None = None  # None: the loss in plain torch, from its log-probs
-    peer: bool = True
-    slow: bool = False  # to compile, or to run: only in the first case
-    materializes: bool = False
-
-    def loss_of(self, x: Inputs) -> Tensor:
-        if self.loss is not None:
-            return self.loss(x)
-        assert self.logps is not None
-        return x.torch_loss(self.logps(x))
+def _loss_from(logps: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Any]:
+    """Loss and gradients, the loss in plain torch."""
+    return lambda x: x.gradients(x.torch_loss(logps(x)))
 
 
-PROVIDERS = (
-    Provider("grpo_fast", logps_ours, loss_ours, peer=False),
-    Provider("TRL", logps_trl),
-    Provider("Liger scaled cross entropy", logps_liger_scaled),
-    Provider("Unsloth", logps_unsloth),
-    Provider("cut-cross-entropy", logps_cce),
-    Provider("verl", logps_verl),
-    Provider("Liger fused linear GRPO", loss=loss_liger_linear, slow=True),
-    Provider("torch eager", logps_eager, materializes=True),
-    Provider("torch.compile", logps_compiled, slow=True, materializes=True),
+def _all_logits(bytes_each: int) -> Callable[[Case], float]:
+    return lambda case: bytes_each * case.rows * case.vocabulary
+
+
+PEERS: tuple[tuple[str, Callable[[Inputs], Tensor], dict[str, Any]], ...] = (
+    ("TRL", logps_trl, {}),
+    ("Liger scaled cross entropy", logps_liger_scaled, {}),
+    ("Unsloth", logps_unsloth, {}),
+    ("cut-cross-entropy", logps_cce, {}),
+    ("verl", logps_verl, {}),
+    ("torch eager", logps_eager, {"bytes_of": _all_logits(12)}),
+    ("torch.compile", logps_compiled, {"bytes_of": _all_logits(8), "only_in": BASE}),
+)
+LOSS = Task(
+    "loss + gradients",
+    "the products",
+    (
+        Provider("grpo_fast", lambda x: x.gradients(loss_ours(x)), ours=True),
+        *(Provider(name, _loss_from(logps), **options) for name, logps, options in PEERS),
+        Provider("Liger fused linear GRPO", lambda x: x.gradients(loss_liger_linear(x)), only_in=BASE),
+    ),
+    {"d hidden": 0.1, "d weight": 0.1},
+)
+LOG_PROBS = Task(
+    "log-probs",
+    "the product",
+    (
+        Provider("grpo_fast", logps_ours, ours=True),
+        *(Provider(name, logps, **options) for name, logps, options in PEERS),
+    ),
+    {"log-prob": 0.1},
 )
 
 
 # Measuring -------------------------------------------------------------------------------------------------------
 
 
-def products(x: Inputs, task: str) -> Callable[[], None]:
+def products(x: Inputs, task: Task) -> Callable[[], None]:
     """The matrix products alone, over all rows."""
     hidden, weight = x.hidden.detach().flatten(0, 1), x.weight.detach()
     count = min(PRODUCT_ROWS, x.case.rows)
@@ -271,7 +277,7 @@ def products(x: Inputs, task: str) -> Callable[[], None]:
     def run() -> None:
         for rows in hidden.split(count):
             torch.mm(rows, weight.T, out=logits[: len(rows)])
-            if task == "log-probs":
+            if task is LOG_PROBS:
                 continue
             torch.mm(logits[: len(rows)], weight, out=d_hidden[: len(rows)])
             if not x.case.frozen_head:
@@ -300,117 +306,46 @@ def truth(x: Inputs) -> dict[str, Tensor]:
     return {"logps": found.detach(), "some": some, "words": words, "d_hidden": d_some, "d_weight": d_words}
 
 
-def errors(x: Inputs, provider: Provider, task: str, result: Any, expected: dict[str, Tensor]) -> dict[str, float]:
-    if task == "log-probs":
-        return {"logps_error": ((result.double() - expected["logps"]) * x.mask).abs().max().item()}
-    pairs = [("d_hidden", result[1].flatten(0, -2)[expected["some"]])]
-    if not x.case.frozen_head:
-        pairs.append(("d_weight", result[2][expected["words"]]))
-    relative = {name: (got.double() - expected[name]).norm() / expected[name].norm() for name, got in pairs}
-    return {f"{name}_error": value.item() for name, value in relative.items()}
-
-
-def measure(timer: Timer, case: Case, providers: list[Provider]) -> list[dict[str, Any]]:
+def measure(timer: Timer, case: Case, takes_part: Callable[[Provider], bool]) -> list[Record]:
     torch.manual_seed(0)
     x = Inputs(case)
     expected = truth(x) if case.rows <= CHECKED_ROWS else None
+
+    def gradient_errors(result: Any) -> dict[str, float]:
+        assert expected is not None
+        pairs = {"d hidden": (result[1].flatten(0, -2)[expected["some"]], expected["d_hidden"])}
+        if not case.frozen_head:
+            pairs["d weight"] = (result[2][expected["words"]], expected["d_weight"])
+        return {name: ((got.double() - true).norm() / true.norm()).item() for name, (got, true) in pairs.items()}
+
+    def logps_error(result: Any) -> dict[str, float]:
+        assert expected is not None
+        return {"log-prob": ((result.double() - expected["logps"]) * x.mask).abs().max().item()}
+
     records = []
-    for task in ("loss + gradients", "log-probs"):
-        count = 1 if task == "log-probs" else 2 if case.frozen_head else 3
-        flop = 2.0 * count * case.rows * case.hidden * case.vocabulary
-        base = products(x, task)
-        records.append(asdict(case) | {"task": task, "provider": "the matrix products", **timer(base)})
-        for provider in providers:
-            if provider.peer and (not case.peers or (provider.slow and case != BASE)):
-                continue
-            if task == "log-probs" and provider.logps is None:
-                continue
-            record = asdict(case) | {"task": task, "provider": provider.name}
-            needed = 6 * case.rows * case.vocabulary if task == "log-probs" else 12 * case.rows * case.vocabulary
-            if provider.materializes and needed > EAGER_BYTES:
-                records.append(record | {"skipped": "copies of the logits do not fit"})
-                continue
-
-            def run(provider: Provider = provider, task: str = task) -> Any:
-                if task == "log-probs":
-                    assert provider.logps is not None
-                    with torch.no_grad():
-                        return provider.logps(x)
-                return x.gradients(provider.loss_of(x))
-
-            def results(provider: Provider = provider, task: str = task, base: Any = base, run: Any = run) -> Any:
-                found = {} if expected is None else errors(x, provider, task, run(), expected)
-                found["peak_bytes"] = peak_memory(run)
-                alone, whole = timer.interleaved(base, run)
-                return found | whole | {"of_the_products": whole["ms"] / alone["ms"]}
-
-            record |= attempt(results)
-            if "ms" in record:
-                record["tflop_per_s"] = flop / record["ms"] / 1e9
-            records.append(record)
-        del base
+    for task, errors in ((LOSS, gradient_errors), (LOG_PROBS, logps_error)):
+        with torch.set_grad_enabled(task is LOSS):
+            records += run_task(
+                timer,
+                case,
+                task,
+                x,
+                ceiling=products(x, task),
+                takes_part=lambda provider: takes_part(provider) and (provider.ours or case.peers),
+                errors=errors if expected is not None else None,
+            )
         torch.cuda.empty_cache()
     return records
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: a table a case and task. Useful TFLOP/s: the products' work over the time."""
-    lines: list[str] = []
-    previous = None
-    for r in records:
-        case = Case(**{name: r[name] for name in asdict(BASE)})
-        if (r["task"], case) != previous:
-            lines += ["", f"**{r['task']}**: {case.title}", ""]
-            lines += ["| | ms | of the products | TFLOP/s | peak MiB | log-prob | d hidden | d weight |"]
-            lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
-            previous = r["task"], case
-        if "skipped" in r:
-            lines.append(f"| {r['provider']} | {r['skipped']} | | | | | | |")
-            continue
-        cells = [
-            f"{r['ms']:.2f}",
-            f"{r['of_the_products']:.2f}" if "of_the_products" in r else "1",
-            f"{r['tflop_per_s']:.0f}" if "tflop_per_s" in r else "",
-            f"{r['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in r else "",
-            *(f"{r[name]:.1e}" if name in r else "" for name in ("logps_error", "d_hidden_error", "d_weight_error")),
-        ]
-        lines.append(f"| {r['provider']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few cases, without what takes long to compile")
-    parser.add_argument("--only", nargs="+", metavar="PROVIDER", help="providers by name, for instance grpo_fast TRL")
-    parser.add_argument("--runs", type=int, default=10, help="timed runs of each; the median is reported")
-    parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
-    parser.add_argument("--show", type=Path, metavar="JSON", help="print the tables of an earlier run, and exit")
-    args = parser.parse_args()
-    if args.show is not None:
-        print(table(json.loads(args.show.read_text())["records"]))
-        return
-    known = [p.name for p in PROVIDERS]
-    if args.only is not None and not set(args.only) <= set(known):
-        parser.error(f"--only: got {args.only}, want some of {known}")
-    if not torch.cuda.is_available():
-        parser.exit(1, "needs an NVIDIA GPU\n")
-
-    providers = [p for p in PROVIDERS if (args.only is None or p.name in args.only) and not (args.quick and p.slow)]
-    timer = Timer(args.runs, warmup=2)
-    where = environment()
-    print(" ".join(f"{name} {value}" for name, value in where.items()))
-    records: list[dict[str, Any]] = []
-    for case in QUICK if args.quick else FULL:
-        new = attempt(lambda case=case: {"records": measure(timer, case, providers)})  # type: ignore[misc]
-        torch.cuda.empty_cache()
-        if "skipped" in new:
-            print(f"\n{case.title}: {new['skipped']}", flush=True)
-            continue
-        print(table(new["records"]), flush=True)
-        records += new["records"]
-        if args.out is not None:
-            write_json(args.out, {"environment": where, "records": records})
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    name="linear",
+    summary="log-probs and the GRPO loss with its gradients, from hidden states",
+    notes=NOTES,
+    cases=FULL,
+    quick=QUICK,
+    headline=BASE,
+    measure=measure,
+    title=title,
+    axes=("rows", "vocabulary", "hidden", "workspace_mib"),
+)

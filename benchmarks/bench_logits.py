@@ -1,39 +1,43 @@
-"""Log-probs, and the GRPO loss with its gradient, over logits in memory: time, bandwidth, memory and error.
-
-    python benchmarks/bench_logits.py                     # every size, a few minutes on an H200
-    python benchmarks/bench_logits.py --sizes 8192x151936 # one of them
-    python benchmarks/bench_logits.py --out docs/results/logits-h200.json
-
-Every provider gets the same inputs. Tokens are sampled from the logits; old and reference log-probs lie near the
-policy's. Before a provider is timed, its result is held against float64 on some of the rows. "of read" and "of copy"
-are the shares of what reading, or reading and writing, the logits once takes at the bandwidth that torch reaches in
-the same run. Peers are run when they are installed: pip install trl liger-kernel quack-kernels.
-"""
+"""Log-probs, and the GRPO loss with its gradient, over logits in memory."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timer, attempt, ceilings, environment, peak_memory, write_json
 from torch import Tensor
 
 from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
 from grpo_fast.reference import logps_and_entropy_ref
 
+from .harness import Benchmark, Provider, Record, Task, Timer, attempt, fastest, run_task, ways_to_read
+
 CONFIG = GRPOLossConfig(beta=0.04, use_bias_correction_kl=False)  # what every peer can compute
+CHECKED_ROWS = 64
+NOTES = """\
+Tokens are sampled from the logits, which are normal with standard deviation 2; eight sequences; the loss is the
+default (`dapo`) with `beta` 0.04, old and reference log-probs. The ceilings are the fastest of torch's ways to read
+the logits once, and a copy of them, which reads and writes. The error of log-probs is the largest, in nats; that of
+gradients is relative in the Frobenius norm, where rounding to bfloat16 costs 1.4e-03 by itself. "In place": the
+gradient takes the logits' memory. "torch eager" and "torch.compile" compute the loss of ten lines of torch;
+"grpo_fast's reference" has the entropy, the metrics and every option, and is made to be read, not to be fast. quack
+computes plain cross entropy, not GRPO: what one pass costs at its simplest. Where a time is missing, the logits'
+copies do not fit."""
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int = 8192
+    vocabulary: int = 151936
+    dtype: str = "bfloat16"
+
+
+BASE = Case()
 ROWS = (64, 512, 2048, 8192, 32768, 65536)
 VOCABULARIES = (32000, 49152, 128256, 151937, 262144)
-SIZES = [f"{rows}x151936" for rows in ROWS] + [f"8192x{vocabulary}" for vocabulary in VOCABULARIES]
-CHECKED_ROWS = 64
-# The providers that make a float32 copy of the logits, or several, are not asked at larger sizes.
-EAGER_ELEMENTS = 8192 * 151936
 
 
 @dataclass
@@ -47,13 +51,14 @@ class Inputs:
     ref_logps: Tensor = field(init=False)
 
     @classmethod
-    def random(cls, rows: int, vocabulary: int, dtype: torch.dtype) -> Inputs:
-        shape = (8, rows // 8 + 1, vocabulary)
-        logits = torch.empty(shape, device="cuda", dtype=dtype)
+    def random(cls, case: Case) -> Inputs:
+        torch.manual_seed(0)
+        shape = (8, case.rows // 8 + 1, case.vocabulary)
+        logits = torch.empty(shape, device="cuda", dtype=getattr(torch, case.dtype))
         ids = torch.empty(shape[:2], device="cuda", dtype=torch.int64)
         for t in range(shape[1]):  # by the Gumbel trick, a position at a time
             logits[:, t].normal_(0.0, 2.0)
-            noise = -torch.empty(8, vocabulary, device="cuda").exponential_().log()
+            noise = -torch.empty(8, case.vocabulary, device="cuda").exponential_().log()
             ids[:, t] = (logits[:, t].float() + noise).argmax(-1)
         inputs = cls(logits, ids[:, :-1].contiguous(), torch.randn(8, device="cuda"))
         with torch.no_grad():
@@ -172,11 +177,13 @@ def _plain(x: Inputs, z: Tensor) -> Tensor:
     return _torch_loss(x, torch.log_softmax(z.float(), -1).gather(-1, x.ids[..., None])[..., 0])
 
 
-_compiled = torch.compile(_plain)
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_plain)
 
 
 def grpo_compiled(x: Inputs) -> Any:
-    return _with_gradient(lambda z: _compiled(x, z), x.tokens)
+    return _with_gradient(lambda z: _compiled()(x, z), x.tokens)
 
 
 def cross_entropy_quack(x: Inputs) -> Any:
@@ -187,43 +194,48 @@ def cross_entropy_quack(x: Inputs) -> Any:
     return loss.sum(), gradient
 
 
-@dataclass(frozen=True)
-class Provider:
-    name: str
-    run: Callable[[Inputs], Any]
-    overwrites: bool = False
-    copies: bool = False  # needs the logits several times over
-    comparable: bool = True  # computes what the task asks for
+def _copies(count: float) -> Callable[[Case], float]:
+    """Bytes of so many copies of the logits in float32."""
+    return lambda case: count * 4 * case.rows * case.vocabulary
 
 
-TASKS = {
-    "log-probs": (
-        Provider("grpo_fast CUDA + entropy", partial(logps_ours, impl="cuda")),
-        Provider("grpo_fast Triton + entropy", partial(logps_ours, impl="triton")),
+LOG_PROBS = Task(
+    "log-probs",
+    "read",
+    (
+        Provider("grpo_fast CUDA + entropy", lambda x: logps_ours(x, "cuda"), ours=True),
+        Provider("grpo_fast Triton + entropy", lambda x: logps_ours(x, "triton"), ours=True),
         Provider("Liger", logps_liger),
         Provider("TRL + entropy", logps_entropy_trl),
         Provider("quack", logps_quack),
-        Provider("torch eager", logps_eager, copies=True),
-        Provider("grpo_fast's reference + entropy", logps_entropy_reference, copies=True),
+        Provider("torch eager", logps_eager, bytes_of=_copies(2)),
+        Provider("grpo_fast's reference + entropy", logps_entropy_reference, ours=True, bytes_of=_copies(5)),
     ),
-    "loss + gradient": (
-        Provider("grpo_fast CUDA in place", partial(grpo_ours, impl="cuda", in_place=True), overwrites=True),
-        Provider("grpo_fast CUDA", partial(grpo_ours, impl="cuda", in_place=False)),
-        Provider("grpo_fast Triton in place", partial(grpo_ours, impl="triton", in_place=True), overwrites=True),
+    {"log-prob": 1e-3},
+)
+LOSS = Task(
+    "loss + gradient",
+    "copy",
+    (
+        Provider("grpo_fast CUDA in place", lambda x: grpo_ours(x, "cuda", True), ours=True, overwrites=True),
+        Provider("grpo_fast CUDA", lambda x: grpo_ours(x, "cuda", False), ours=True, bytes_of=_copies(1)),
+        Provider("grpo_fast Triton in place", lambda x: grpo_ours(x, "triton", True), ours=True, overwrites=True),
         Provider("Liger in place", grpo_liger_in_place, overwrites=True),
-        Provider("TRL log-probs + torch loss", grpo_trl),
-        Provider("torch.compile", grpo_compiled, copies=True),
-        Provider("torch eager", grpo_eager, copies=True),
-        Provider("grpo_fast's reference", grpo_reference, copies=True),
-        Provider("quack cross entropy (no GRPO)", cross_entropy_quack, comparable=False),
+        Provider("TRL log-probs + torch loss", grpo_trl, bytes_of=_copies(1)),
+        Provider("torch.compile", grpo_compiled, bytes_of=_copies(2)),
+        Provider("torch eager", grpo_eager, bytes_of=_copies(4)),
+        Provider("grpo_fast's reference", grpo_reference, ours=True, bytes_of=_copies(6)),
+        Provider("quack cross entropy", cross_entropy_quack, comparable=False, bytes_of=_copies(1)),
     ),
-}
+    {"gradient": 1e-2},
+)
+SMALL = "loss + gradient, in a CUDA graph"
 
 
 # Measuring -------------------------------------------------------------------------------------------------------
 
 
-def truth(x: Inputs) -> dict[str, Tensor]:
+def truth(x: Inputs) -> tuple[Tensor, Tensor]:
     """Log-probs, and the gradient of the loss, of the first rows of the first sequence, in float64."""
     rows = min(CHECKED_ROWS, x.ids.size(1))
     z = x.tokens[:1, :rows].double().requires_grad_()
@@ -232,159 +244,68 @@ def truth(x: Inputs) -> dict[str, Tensor]:
     part.old_logps, part.ref_logps = x.old_logps[:1, :rows].double(), x.ref_logps[:1, :rows].double()
     share = rows / x.ids.numel()  # the mean is over all rows
     (gradient,) = torch.autograd.grad(_torch_loss(part, logps) * share, z)
-    return {"logps": logps.detach(), "gradient": gradient}
+    return logps.detach(), gradient
 
 
-def error(task: str, result: Any, expected: dict[str, Tensor]) -> float:
-    """Largest error of a log-prob in nats, or the gradient's in the Frobenius norm, relative."""
-    rows = expected["logps"].size(1)
-    if task == "log-probs":
-        return (result[:1, :rows].double() - expected["logps"]).abs().max().item()
-    difference = result[1][:1, :rows].double() - expected["gradient"]
-    return (difference.norm() / expected["gradient"].norm()).item()
-
-
-def measure(timer: Timer, size: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    rows, vocabulary = map(int, size.split("x"))
-    torch.manual_seed(0)
-    x = Inputs.random(rows, vocabulary, dtype)
-    bounds = ceilings(timer, x.logits)
-    fraction = rows / x.logits[..., 0].numel()  # of the logits, one position is not used
+def measure(timer: Timer, case: Case, takes_part: Callable[[Provider], bool]) -> list[Record]:
+    x = Inputs.random(case)
     original = x.logits.clone()
-    expected = truth(x)
-    records = []
-    for task, providers in TASKS.items():
-        floor = fraction * bounds["read_ms" if task == "log-probs" else "copy_ms"]
-        traffic = (1 if task == "log-probs" else 2) * rows * vocabulary * original.element_size()
-        for provider in providers:
-            record = {"task": task, "rows": rows, "vocabulary": vocabulary, "provider": provider.name, **bounds}
-            if provider.copies and rows * vocabulary > EAGER_ELEMENTS:
-                record["skipped"] = "copies of the logits do not fit"
-            else:
-                with torch.set_grad_enabled(task != "log-probs"):
-                    record |= measure_one(timer, task, provider, x, original, expected)
-            if "ms" in record:
-                record["share_of_ceiling"] = floor / record["ms"]
-                record["gb_per_s"] = traffic / record["ms"] / 1e6
-            records.append(record)
-    return records
-
-
-def measure_one(
-    timer: Timer, task: str, provider: Provider, x: Inputs, original: Tensor, expected: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Error, memory and time of one provider, or why it has none. Leaves the logits as they were."""
-
-    def run() -> Any:
-        return provider.run(x)
+    logps, gradient = truth(x)
+    rows = logps.size(1)
 
     def restore() -> None:
         x.logits.copy_(original)
 
-    def results() -> dict[str, Any]:
-        record: dict[str, Any] = {}
-        if provider.comparable:
-            record["error"] = error(task, run(), expected)
-            restore()
-        record["peak_bytes"] = peak_memory(run)
-        return record | timer(run, restore if provider.overwrites else None)
+    def logps_error(result: Any) -> dict[str, float]:
+        return {"log-prob": (result[:1, :rows].double() - logps).abs().max().item()}
 
-    record = attempt(results)
-    restore()
-    return record
+    def gradient_error(result: Any) -> dict[str, float]:
+        return {"gradient": ((result[1][:1, :rows].double() - gradient).norm() / gradient.norm()).item()}
+
+    everyone = {"takes_part": takes_part, "restore": restore}
+    with torch.no_grad():
+        read = fastest(timer, ways_to_read(x.tokens))
+        records = run_task(timer, case, LOG_PROBS, x, ceiling=read, errors=logps_error, **everyone)
+    copied = original[:, :-1]
+    records += run_task(
+        timer, case, LOSS, x, ceiling=lambda: copied.copy_(x.tokens), errors=gradient_error, **everyone
+    )
+    if case == SMALLEST:
+        for impl in ("CUDA", "Triton"):
+            record = {"case": vars(case), "task": SMALL, "provider": f"grpo_fast {impl}", "ours": True}
+            records.append(record | {"ceiling": "copy"} | attempt(lambda: _small_batch(timer, x, impl.lower())))  # noqa: B023
+    return records
 
 
-def small_batch(timer: Timer, impl: str) -> dict[str, float]:
-    """64 rows: what a call takes on the host and in a CUDA graph."""
-    torch.manual_seed(0)
-    x = Inputs.random(64, 151936, torch.bfloat16)
+def _small_batch(timer: Timer, x: Inputs, impl: str) -> Record:
+    """What a call takes in a CUDA graph, and from Python."""
     leaf = x.tokens.contiguous().requires_grad_()
 
     def step() -> None:
         torch.autograd.grad(_grpo(x, leaf, impl=impl), leaf)
 
-    times = {"eager_wall_ms": timer.wall(step)}
+    found: Record = {"wall_ms": timer.wall(step)}
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    times["graph_ms"] = timer(graph.replay)["ms"]
-    tiny = torch.zeros(1, device="cuda")
-    empty = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(empty):
-        tiny.add_(1)
-        tiny.add_(1)
-    times["two_tiny_kernels_in_a_graph_ms"] = timer(empty.replay)["ms"]
-    times["copy_ms"] = ceilings(timer, leaf.detach())["copy_ms"]
-    return times
+    copy = torch.empty_like(leaf, requires_grad=False)
+    alone, whole = timer.interleaved(lambda: copy.copy_(leaf.detach()), graph.replay)
+    return found | whole | {"ceiling_ms": alone["ms"]}
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: a table a task and size."""
-    lines: list[str] = []
-    previous = None
-    for r in records:
-        key = (r["task"], r["rows"], r["vocabulary"])
-        if key != previous:
-            ceiling = "read" if r["task"] == "log-probs" else "copy"
-            lines += ["", f"**{r['task']}**, {r['rows']:,} x {r['vocabulary']:,}", ""]
-            lines += [f"| | ms | of {ceiling} | GB/s | extra memory, MiB | error |", "|---|--:|--:|--:|--:|--:|"]
-            previous = key
-        if "skipped" in r:
-            lines.append(f"| {r['provider']} | {r['skipped']} | | | | |")
-            continue
-        error = f"{r['error']:.1e}" if "error" in r else ""
-        memory = f"{r['peak_bytes'] / 2**20:,.1f}"
-        share = f"{r['share_of_ceiling']:.0%}"
-        lines.append(f"| {r['provider']} | {r['ms']:.3f} | {share} | {r['gb_per_s']:,.0f} | {memory} | {error} |")
-    return "\n".join(lines)
-
-
-def summary(records: list[dict[str, Any]]) -> str:
-    """Markdown: milliseconds of every provider by size, a table a task."""
-    lines: list[str] = []
-    for task in TASKS:
-        mine = [r for r in records if r["task"] == task]
-        providers = list(dict.fromkeys(r["provider"] for r in mine if "ms" in r))
-        lines += ["", f"| {task}, ms | " + " | ".join(providers) + " |", "|---|" + "--:|" * len(providers)]
-        for size in dict.fromkeys((r["rows"], r["vocabulary"]) for r in mine):
-            found = {r["provider"]: r["ms"] for r in mine if (r["rows"], r["vocabulary"]) == size and "ms" in r}
-            cells = [f"{found[name]:.3f}" if name in found else "" for name in providers]
-            lines.append(f"| {size[0]:,} x {size[1]:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="ROWSxVOCABULARY")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--runs", type=int, default=20, help="timed runs of each; the median is reported")
-    parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
-    parser.add_argument("--show", type=Path, metavar="JSON", help="print the tables of an earlier run, and exit")
-    args = parser.parse_args()
-    if args.show is not None:
-        records = json.loads(args.show.read_text())["records"]
-        print(summary(records) + "\n" + table(records))
-        return
-    if not torch.cuda.is_available():
-        parser.exit(1, "needs an NVIDIA GPU\n")
-
-    timer = Timer(args.runs)
-    where = environment()
-    print(" ".join(f"{name} {value}" for name, value in where.items()))
-    records: list[dict[str, Any]] = []
-    for size in args.sizes:
-        new = measure(timer, size, getattr(torch, args.dtype))
-        print(table(new), flush=True)
-        records += new
-        torch.cuda.empty_cache()
-        if args.out is not None:
-            write_json(args.out, {"environment": where, "dtype": args.dtype, "records": records})
-    small = {impl: attempt(partial(small_batch, timer, impl)) for impl in ("cuda", "triton")}
-    for impl, times in small.items():
-        print(f"\n64 rows, {impl}:", " ".join(f"{name} {value}" for name, value in times.items()))
-    if args.out is not None:
-        write_json(args.out, {"environment": where, "dtype": args.dtype, "records": records, "small_batch": small})
-
-
-if __name__ == "__main__":
-    main()
+SMALLEST = Case(rows=64)
+BENCHMARK = Benchmark(
+    name="logits",
+    summary="log-probs and the GRPO loss with its gradient, over logits in memory",
+    notes=NOTES,
+    cases=(
+        *(Case(rows=rows) for rows in ROWS),
+        *(Case(vocabulary=vocabulary) for vocabulary in VOCABULARIES),
+        Case(dtype="float32"),
+    ),
+    quick=(SMALLEST, BASE),
+    headline=BASE,
+    measure=measure,
+    title=lambda case: f"{case['rows']:,} x {case['vocabulary']:,}, {case['dtype']}",
+    axes=("rows", "vocabulary"),
+)

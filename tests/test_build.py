@@ -216,6 +216,7 @@ def test_the_sdist_is_complete(sdist: Path) -> None:
 PYTHON_FILES = {
     *(f"grpo_fast/{file.relative_to(ROOT / 'grpo_fast')}" for file in (ROOT / "grpo_fast").rglob("*.py")),
     *(f"grpo_fast/kernels/{file.name}" for file in (ROOT / "kernels" / "triton").glob("*.py")),
+    *(f"grpo_fast/benchmarks/{file.name}" for file in (ROOT / "benchmarks").glob("*.py")),
     "grpo_fast/_C.pyi",
     "grpo_fast/py.typed",
 }

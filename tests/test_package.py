@@ -23,7 +23,7 @@ ALLOWED = {
     "cuda": {"_C", ""},
     "kernels": {"kernels"},
     "ops": {"ops", "backend", "config", "reference", "kernels", "cuda", ""},
-    "train": {"train", "ops", "backend", "version", ""},
+    "train": {"train", "ops", "backend", "version", "benchmarks", ""},
     "__init__": {"ops", "config", "version"},
 }
 

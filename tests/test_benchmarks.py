@@ -1,0 +1,154 @@
+"""The benchmark suite: it sees what is slower, wrong or moved, and its page is what its results say."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.benchmarks import bench_linear, bench_logits, command, report
+from grpo_fast.benchmarks.bench_advantages import Case
+from grpo_fast.benchmarks.compare import compare
+from grpo_fast.benchmarks.harness import Provider, Task, Timer, attempt, run_task
+from grpo_fast.train.cli import main
+
+ROOT = Path(__file__).parents[1]
+CASE = Case(completions=1, group_size=1, device="cpu")
+
+
+def wait(milliseconds: float) -> None:
+    end = time.perf_counter() + milliseconds / 1e3
+    while time.perf_counter() < end:
+        pass
+
+
+def task(milliseconds: float = 10.0, result: float = 1.0) -> Task:
+    """One that takes so long and finds this; the truth is 1."""
+
+    def run(_: Any) -> float:
+        wait(milliseconds)
+        return result
+
+    return Task("wait", "a shorter wait", (Provider("somebody", run),), {"value": 0.1})
+
+
+def measured(milliseconds: float = 10.0, result: float = 1.0) -> dict[str, Any]:
+    (record,) = run_task(
+        Timer(runs=9, warmup=1, device="cpu"),
+        CASE,
+        task(milliseconds, result),
+        None,
+        ceiling=lambda: wait(5.0),
+        takes_part=lambda provider: True,
+        errors=lambda found: {"value": abs(found - 1.0)},
+    )
+    return record
+
+
+def test_a_slow_down_of_a_tenth_is_noticed() -> None:
+    before, slower = measured(), measured(milliseconds=11.0)
+    (move,) = compare([before], [slower])
+    assert (move.what, move.provider, move.worse) == ("time", "somebody", True)
+    assert 1.05 < move.after / move.before < 1.15
+    assert not compare([before], [before])
+
+
+@pytest.mark.parametrize("result", [1.2, float("nan")])
+def test_a_wrong_result_is_noticed(result: float) -> None:
+    right, wrong = measured(), measured(result=result)
+    assert "wrong" not in right
+    assert wrong["wrong"].startswith("value off by")
+    (move,) = compare([right], [wrong])
+    assert (move.what, move.worse) == ("result", True)
+    assert report.row(wrong, report.header([wrong]))[0] == "somebody (wrong result)"
+
+
+def test_more_memory_is_noticed() -> None:
+    record = measured()
+    before, after = record | {"peak_bytes": 100 * 2**20}, record | {"peak_bytes": 103 * 2**20}
+    (move,) = compare([before], [after])
+    assert (move.what, move.before, move.after) == ("memory", 100 * 2**20, 103 * 2**20)
+
+
+def test_who_cannot_run_says_why() -> None:
+    def missing() -> dict[str, Any]:
+        import there_is_no_such_module  # type: ignore[import-not-found] # noqa: F401
+
+        return {}
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("first line\nsecond")
+
+    assert attempt(missing) == {"skipped": "not installed: there_is_no_such_module"}
+    assert attempt(fails) == {"skipped": "RuntimeError: first line"}
+
+
+def test_what_is_faster_than_ours_is_listed() -> None:
+    mine, theirs = measured(), measured(milliseconds=5.0)
+    records = [mine | {"ours": True}, theirs | {"provider": "a peer"}]
+    benchmark = command.known()["advantages"]
+    (line,) = report.losses(benchmark, records)
+    assert "a peer takes 5" in line
+    assert report.losses(benchmark, [records[0], records[1] | {"wrong": "value off by 1"}]) == []
+
+
+@pytest.mark.skipif(not (ROOT / "docs/performance.md").is_file(), reason="for a checkout or an sdist")
+def test_the_page_is_what_its_results_say(tmp_path: Path) -> None:
+    page = ROOT / "docs/performance.md"
+    files = [page.parent / name for name in page.read_text().split("--show ")[1].split(" --report")[0].split()]
+    (tmp_path / "results").mkdir()
+    copies = [tmp_path / "results" / file.name for file in files]
+    for file, copy in zip(files, copies, strict=True):
+        copy.write_text(file.read_text())
+    report.write_report(command.known(), copies, tmp_path / "performance.md")
+    assert (tmp_path / "performance.md").read_text() == page.read_text()
+    for picture in (tmp_path / "performance").iterdir():
+        assert (page.parent / "performance" / picture.name).is_file(), picture.name
+
+
+def test_the_command_measures_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "advantages", "--quick", "--runs", "3", "--out", str(tmp_path)]) == 0
+    content = report.load(tmp_path / "advantages.json")
+    providers = [record["provider"] for record in content["records"]]
+    assert providers == ["grpo_fast", "torch eager"]
+    assert all(record["ms"] > 0 and "wrong" not in record for record in content["records"])
+    content["records"][0]["ms"] *= 100
+    (tmp_path / "advantages.json").write_text(json.dumps(content))
+    options = ["--quick", "--runs", "3", "--only", "grpo_fast", "--compare", str(tmp_path)]
+    assert main(["bench", "advantages", *options]) == 0
+    assert "better: time of grpo_fast" in capsys.readouterr().out
+    assert main(["bench", "--show", str(tmp_path / "advantages.json"), "--report", str(tmp_path / "page.md")]) == 0
+    assert "## advantages" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nothing"], "benchmark: got 'nothing', want "),
+        (["--runs", "1"], "runs: got 1, want at least 2"),
+        (["--report", "page.md"], "report: got one without --show"),
+        (["--show", "missing.json"], "missing.json: "),
+        (["--compare", "missing"], "compare: missing holds no results"),
+    ],
+)
+def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *options]) == 2
+    assert f"grpo-fast: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "logits"]) == 2
+    assert "benchmark: logits needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("benchmark", [bench_logits.BENCHMARK, bench_linear.BENCHMARK], ids=lambda b: b.name)
+def test_the_kernels_are_right_where_they_are_timed(benchmark: Any) -> None:
+    records = benchmark.measure(Timer(runs=2, warmup=1), benchmark.headline, lambda provider: provider.ours)
+    assert records
+    assert all("ms" in record and "wrong" not in record for record in records)
