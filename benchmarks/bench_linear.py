@@ -163,7 +163,7 @@ def logps_trl(x: Inputs) -> Tensor:
     return x.spread(found[0])
 
 
-def logps_liger_scaled(x: Inputs) -> Tensor:
+def logps_liger_scaled(x: Inputs) -> Any:
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
     ids = torch.where(x.mask, x.ids, -100).flatten()
@@ -171,19 +171,19 @@ def logps_liger_scaled(x: Inputs) -> Tensor:
     return -(found[0] if isinstance(found, tuple) else found).view(x.ids.shape)
 
 
-def logps_cce(x: Inputs) -> Tensor:
+def logps_cce(x: Inputs) -> Any:
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(x.hidden, x.weight, torch.where(x.mask, x.ids, -100), reduction="none")
 
 
-def logps_unsloth(x: Inputs) -> Tensor:
+def logps_unsloth(x: Inputs) -> Any:
     from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
 
     return fused_linear_logprobs(x.hidden, x.weight, x.ids, mask=x.mask if x.case.padding else None)
 
 
-def logps_verl(x: Inputs) -> Tensor:
+def logps_verl(x: Inputs) -> Any:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     hidden, ids = x.compact(x.hidden).flatten(0, -2), x.compact(x.ids).flatten()
@@ -207,7 +207,7 @@ def logps_compiled(x: Inputs) -> Tensor:
     return _compiled()(x.hidden, x.weight, x.ids)
 
 
-def loss_liger_linear(x: Inputs) -> Tensor:
+def loss_liger_linear(x: Inputs) -> Any:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     module = LigerFusedLinearGRPOLoss(beta=x.beta, use_ref_model=True, loss_type="bnpo")

@@ -146,7 +146,7 @@ def grpo_eager(x: Inputs) -> Any:
 def grpo_liger_in_place(x: Inputs) -> Any:
     from liger_kernel.ops.grpo_loss import GrpoLossFunction
 
-    def loss(z: Tensor) -> Tensor:
+    def loss(z: Tensor) -> Any:
         return GrpoLossFunction.apply(
             z, x.old_logps, x.ref_logps, x.ids, x.advantages, None, 1.0, CONFIG.beta, 0.2, 0.2, True, "dapo"
         )[0]
@@ -262,7 +262,7 @@ def measure(timer: Timer, case: Case, takes_part: Callable[[Provider], bool]) ->
     def gradient_error(result: Any) -> dict[str, float]:
         return {"gradient": ((result[1][:1, :rows].double() - gradient).norm() / gradient.norm()).item()}
 
-    everyone = {"takes_part": takes_part, "restore": restore}
+    everyone: dict[str, Any] = {"takes_part": takes_part, "restore": restore}
     with torch.no_grad():
         read = fastest(timer, ways_to_read(x.tokens))
         records = run_task(timer, case, LOG_PROBS, x, ceiling=read, errors=logps_error, **everyone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,49 +32,46 @@ class Case:
 
 @dataclass
 class Inputs:
+    """Leaves: logits, or hidden states and the head."""
+
     ids: Tensor
     advantages: Tensor
-    logits: Tensor
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
+    leaves: tuple[Tensor, ...]
 
     @classmethod
     def random(cls, case: Case) -> Inputs:
         torch.manual_seed(0)
         shape = (4, case.rows // 4)
         ids, advantages = torch.randint(0, case.vocabulary, shape), torch.randn(4)
-        if not case.hidden:
-            return cls(ids, advantages, torch.randn(*shape, case.vocabulary).requires_grad_())
-        hidden, weight = (
-            torch.randn(*shape, case.hidden),
-            torch.randn(case.vocabulary, case.hidden) / case.hidden**0.5,
-        )
-        return cls(ids, advantages, hidden @ weight.T, hidden.requires_grad_(), weight.requires_grad_())
+        leaves = [torch.randn(*shape, case.hidden or case.vocabulary).requires_grad_()]
+        if case.hidden:
+            leaves.append((torch.randn(case.vocabulary, case.hidden) / case.hidden**0.5).requires_grad_())
+        return cls(ids, advantages, tuple(leaves))
 
-    def loss(self, **double: Tensor) -> tuple[Tensor, ...]:
-        """(loss, gradients) of grpo_fast, of these tensors or of others in their place."""
-        if self.hidden is None:
-            leaves = [double.get("logits", self.logits)]
-            out = grpo_loss(leaves[0], self.ids, advantages=self.advantages, impl="torch")
+    def logits(self) -> Tensor:
+        return self.leaves[0] if len(self.leaves) == 1 else self.leaves[0] @ self.leaves[1].T
+
+    def reference(self) -> tuple[Tensor, ...]:
+        """(loss, gradients) of grpo_fast."""
+        if len(self.leaves) == 1:
+            loss = grpo_loss(self.leaves[0], self.ids, advantages=self.advantages, impl="torch").loss
         else:
-            leaves = [double.get("hidden", self.hidden), double.get("weight", self.weight)]
-            out = linear_grpo_loss(*leaves, self.ids, advantages=self.advantages, impl="torch")
-        return out.loss.detach(), *torch.autograd.grad(out.loss, leaves)
+            hidden, weight = self.leaves
+            loss = linear_grpo_loss(hidden, weight, self.ids, advantages=self.advantages, impl="torch").loss
+        return loss.detach(), *torch.autograd.grad(loss, self.leaves)
 
     def eager(self) -> tuple[Tensor, ...]:
         """The same of a few lines of torch."""
-        leaves = [self.logits] if self.hidden is None else [self.hidden, self.weight]
-        logits = self.logits if self.hidden is None else self.hidden @ self.weight.T
-        logps = torch.log_softmax(logits, -1).gather(-1, self.ids[..., None])[..., 0]
+        logps = torch.log_softmax(self.logits(), -1).gather(-1, self.ids[..., None])[..., 0]
         loss = -((logps - logps.detach()).exp() * self.advantages[:, None]).mean()
-        return loss.detach(), *torch.autograd.grad(loss, leaves)
+        return loss.detach(), *torch.autograd.grad(loss, self.leaves)
 
 
 LOSS = Task(
     "loss + gradients",
     "a copy of the logits",
     (
-        Provider("grpo_fast's reference", lambda x: x.loss(), ours=True),
+        Provider("grpo_fast's reference", lambda x: x.reference(), ours=True),
         Provider("torch eager", lambda x: x.eager()),
     ),
     {"gradient": 1e-4},
@@ -86,13 +83,13 @@ def measure(timer: Timer, case: Case, takes_part: Callable[[Provider], bool]) ->
     if case.step:
         return _measure_step(timer, case, takes_part)
     x = Inputs.random(case)
-    names = ("logits",) if x.hidden is None else ("hidden", "weight")
-    truth = x.loss(**{name: getattr(x, name).detach().double().requires_grad_() for name in names})[1]
+    doubles = tuple(leaf.detach().double().requires_grad_() for leaf in x.leaves)
+    truth = replace(x, leaves=doubles).reference()[1]
 
     def errors(result: Any) -> dict[str, float]:
         return {"gradient": ((result[1].double() - truth).norm() / truth.norm()).item()}
 
-    original = x.logits.detach()
+    original = x.logits().detach()
     copied = torch.empty_like(original)
 
     def copy() -> None:
