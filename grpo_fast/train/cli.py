@@ -124,6 +124,7 @@ def _train(options: dict[str, Any], command: str) -> None:
     from rich.console import Console
 
     from grpo_fast.train.model import quiet_transformers
+    from grpo_fast.train.ranks import Ranks
     from grpo_fast.train.report import table, write
     from grpo_fast.train.settings import load_settings
     from grpo_fast.train.trainer import SETTINGS_FILE, RunStopped, train
@@ -142,6 +143,7 @@ def _train(options: dict[str, Any], command: str) -> None:
         if not (folder / SETTINGS_FILE).is_file():
             raise ValueError(f"resume: {folder} holds no run")
         settings = load_settings({}, folder / SETTINGS_FILE)
+    ranks = Ranks.join()
     try:
         summary = train(settings, folder, resume=resume is not None, command=command)
     except RunStopped:
@@ -150,6 +152,10 @@ def _train(options: dict[str, Any], command: str) -> None:
         )  # make calls .venv/bin/grpo-fast
         print(f"go on with: {program} train --resume {folder}", file=sys.stderr)
         raise
+    finally:
+        ranks.leave()
+    if not ranks.first:
+        return
     write(folder)
     console = Console()
     console.print(table(summary))

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def progress(title: str, total: int, completed: int = 0) -> Iterator[Callable[[str], None]]:
+def progress(title: str, total: int, completed: int = 0, shown: bool = True) -> Iterator[Callable[[str], None]]:
     """A bar over ``total`` steps; calling what it yields takes one step and shows a text beside the bar."""
     columns = (
         TextColumn(f"{title:>10}"),
@@ -22,7 +22,7 @@ def progress(title: str, total: int, completed: int = 0) -> Iterator[Callable[[s
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns, disable=not shown) as bar:
         task = bar.add_task(title, total=total, completed=completed, text="")
         yield lambda text: bar.update(task, advance=1, text=text)
 

@@ -6,11 +6,12 @@ import torch
 
 from grpo_fast import linear_cross_entropy
 from grpo_fast.train.model import Policy
+from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.tasks import Problem, completion_text
 
 
-def supervised_loss(policy: Policy, problems: list[Problem]) -> torch.Tensor:
-    """Mean cross entropy of the worked completions' tokens, prompts left out."""
+def supervised_loss(policy: Policy, problems: list[Problem], ranks: Ranks = ALONE) -> torch.Tensor:
+    """Mean cross entropy of the worked completions' tokens, prompts left out: this rank's part of it."""
     prompts = [policy.prompt(p) for p in problems]
     completions = [policy.completion(completion_text(p)) for p in problems]
     width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
@@ -24,4 +25,5 @@ def supervised_loss(policy: Policy, problems: list[Problem]) -> torch.Tensor:
         mask[row, :end] = True
     ids, labels, mask = (x.to(policy.device) for x in (ids, labels, mask))
     states = policy.forward(ids, mask, use_cache=False).last_hidden_state  # (B, L, H)
-    return linear_cross_entropy(states[:, :-1], labels=labels[:, 1:], **policy.head)
+    count = ranks.sum((labels[:, 1:] != -100).sum())
+    return linear_cross_entropy(states[:, :-1], labels=labels[:, 1:], num_items_in_batch=count, **policy.head)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +18,7 @@ from grpo_fast.train.checkpoint import find_checkpoint, load_weights, read_state
 from grpo_fast.train.evaluate import Evaluation, evaluate
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.progress import progress, stop_flag
+from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.recorder import SUMMARY_FILE, Recorder, device_name, versions
 from grpo_fast.train.rewards import (
     RewardFunction,
@@ -47,6 +48,9 @@ class RunStopped(KeyboardInterrupt):
 def train(settings: Settings, folder: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
     """Cold start, GRPO and evaluation; everything it writes lies in ``folder``.
 
+    Under torchrun every rank calls this, takes its share of each batch, and has the same model. The first one writes
+    and measures.
+
     Args:
         settings: The run. With ``resume``, the ones it began with.
         folder: Gets ``settings.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint/``, the models
@@ -61,9 +65,10 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, command: st
         ValueError: ``folder`` holds a run and ``resume`` is not set, or holds none and it is; or a setting is wrong.
         RunStopped: SIGINT or SIGTERM came; the checkpoint is written.
     """
-    if not resume and (folder / SETTINGS_FILE).exists():
+    ranks = Ranks.join()
+    if ranks.from_first(not resume and (folder / SETTINGS_FILE).exists()):
         raise ValueError(f"out: {folder} holds a run already; want another folder, or --resume {folder}")
-    run = Run(settings, folder, command)
+    run = Run(settings, folder, command, ranks)
     try:
         if run.phase == COLD_START:
             run.cold_start()
@@ -71,7 +76,8 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, command: st
         run.grpo()
         return run.finish()
     finally:
-        run.recorder.close()
+        if run.recorder is not None:
+            run.recorder.close()
 
 
 def reward_functions(settings: Settings, task: Any) -> dict[str, tuple[RewardFunction, float]]:
@@ -95,8 +101,15 @@ class Run:
     ``phase`` and ``done`` (steps of that phase) say how far it is; both come from the checkpoint.
     """
 
-    def __init__(self, settings: Settings, folder: Path, command: str = "") -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: Settings, folder: Path, command: str = "", ranks: Ranks = ALONE) -> None:
+        if settings.prompts % (ranks.count * settings.minibatches) != 0:
+            of = f"minibatches = {settings.minibatches}, on each of {ranks.count} ranks"
+            raise ValueError(f"prompts: got {settings.prompts}, want a multiple of {of}")
+        if settings.scale_rewards == "batch" and ranks.count > 1:
+            raise ValueError(
+                "scale_rewards: got 'batch' with several ranks, want 'group' or 'none': a rank has a part"
+            )
+        self.settings, self.folder, self.ranks = settings, folder, ranks
         # Items of reasoning-gym are drawn from seed + index, so seeds must lie further apart than a run reads.
         self.task = load_task(settings.task, **{"seed": settings.seed * 10**9, **settings.task_overrides()})
         self.policy = load_policy(settings.model, device=settings.device, seed=settings.seed)
@@ -114,10 +127,12 @@ class Run:
         self.optimizer = self._optimizer(settings.cold_start_lr if self.phase == COLD_START else settings.lr)
         if checkpoint is not None:
             restore(checkpoint, self.policy.model, self.optimizer)
-        # Only now that all of it has been found right is the folder a run's.
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS_FILE, to_json(settings))
-        self.recorder = Recorder(folder, last_step=self.done if self.phase == GRPO else -1)
+        # Only now that all of it has been found right, by all ranks, is the folder a run's.
+        self.recorder: Recorder | None = None
+        if all(ranks.gather(True)) and ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / SETTINGS_FILE, to_json(settings))
+            self.recorder = Recorder(folder, last_step=self.done if self.phase == GRPO else -1)
 
     def _optimizer(self, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -130,29 +145,31 @@ class Run:
         """Supervised steps on worked traces until the sampled accuracy on dev problems is high enough."""
         s = self.settings
         self.policy.model.train()
-        with progress("cold start", s.cold_start_steps, self.done) as advance, stop_flag() as stop:
+        with progress("cold start", s.cold_start_steps, self.done, self.ranks.first) as advance, stop_flag() as stop:
             while self.done < s.cold_start_steps:
                 with self.timed("cold_start"):
                     problems = self.task.problems("train", self.done * s.cold_start_batch, s.cold_start_batch)
-                    loss = supervised_loss(self.policy, problems)
+                    loss = supervised_loss(self.policy, self.ranks.share(problems), self.ranks)
                     loss.backward()
+                    self.ranks.sum_gradients(self.policy.model.parameters())
                     torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), 1.0)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 self.done += 1
-                advance(f"loss {loss.item():.3f}")
+                advance(f"loss {sum(self.ranks.gather(loss.item())):.3f}")
                 if self.done % s.cold_start_check == 0 and self.accuracy_now() >= s.cold_start_until:
                     break
                 self.save_if_due(stop(), last=False)
 
     def begin_grpo(self) -> None:
         """Keep the model as it is: it is measured, and it is the reference of the KL term."""
-        self.policy.save(self.folder / COLD_START)
+        if self.ranks.first:
+            self.policy.save(self.folder / COLD_START)
         self.optimizer = self._optimizer(self.settings.lr)
         self.phase, self.done = GRPO, 0
         self.before = asdict(self.evaluate("test", self.settings.test_problems))
         if self.settings.eval_every:
-            self.recorder.write(0, self.dev_metrics())
+            self.record(self.dev_metrics())
         self.save()
 
     def grpo(self) -> None:
@@ -160,21 +177,20 @@ class Run:
         s = self.settings
         reference = self.reference() if s.beta else None
         self.policy.model.train()
-        with progress("GRPO", s.steps, self.done) as advance, stop_flag() as stop:
+        with progress("GRPO", s.steps, self.done, self.ranks.first) as advance, stop_flag() as stop:
             while self.done < s.steps:
                 row = self.step(reference)
                 self.done += 1
                 last = self.done == s.steps
                 if s.eval_every and (last or self.done % s.eval_every == 0):
                     row |= self.dev_metrics()
-                self.recorder.write(self.done, row)
+                self.record(row)
                 advance(f"reward {row['reward']:.2f}, {row['rewards/accuracy/mean']:.0%} right")
                 self.save_if_due(stop(), last)
 
     def finish(self) -> dict[str, Any]:
         """Measure the final model on test problems, write it and the summary."""
         after = asdict(self.evaluate("test", self.settings.test_problems))
-        self.policy.save(self.folder / "model")
         summary = {
             "before": self.before,
             "after": after,
@@ -183,18 +199,24 @@ class Run:
             "device": device_name(self.policy.device),
             "seconds": {**self.seconds, "total": sum(self.seconds.values())},
             "command": self.command,
+            "ranks": self.ranks.count,
         }
-        write_json(self.folder / SUMMARY_FILE, summary)
+        if self.ranks.first:
+            self.policy.save(self.folder / "model")
+            write_json(self.folder / SUMMARY_FILE, summary)
         return summary
 
     # One step of GRPO ------------------------------------------------------------------------------------------
 
     def step(self, reference: Policy | None) -> dict[str, float]:
-        """One batch of B = prompts x group_size completions, at most T tokens each, and the updates on it."""
+        """One batch of B = prompts x group_size completions, at most T tokens each, and the updates on it.
+
+        A rank samples the groups of its share of the prompts, so no group spans two of them.
+        """
         s, started = self.settings, time.perf_counter()
         with self.timed("rollout"):
             first = s.cold_start_steps * s.cold_start_batch + self.done * s.prompts  # past those of the cold start
-            problems = self.task.problems("train", first, s.prompts)
+            problems = self.ranks.share(self.task.problems("train", first, s.prompts))
             batch = self.sample(problems, s.group_size)
         with self.timed("rewards"):
             scores = combine(self.rewards, batch.texts, self.columns(problems, batch))
@@ -208,27 +230,34 @@ class Run:
             ref_logps = None if reference is None else reference_logps(reference, batch, s)  # (B, T)
             for rows in [*slices(rewards.numel(), rewards.numel() // s.minibatches)] * s.num_iterations:
                 ref = None if ref_logps is None else ref_logps[rows]
-                update = grpo_update(self.policy, self.optimizer, batch.part(rows), rewards[rows], ref, s)
+                update = grpo_update(self.policy, self.optimizer, batch.part(rows), rewards[rows], ref, s, self.ranks)
                 for name, value in update.items():
                     metrics[name] += value / (s.minibatches * s.num_iterations)
 
-        lengths, scored = batch.completion_mask.sum(-1).float(), rewards[~rewards.isnan()]
+        own = {
+            "reward": rewards,
+            "length": batch.completion_mask.sum(-1).float(),
+            "truncated": batch.truncated.float(),
+        }
+        parts = self.ranks.gather({name: x.cpu() for name, x in (own | scores.per_function).items()})
+        of_all = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        scored, lengths = of_all["reward"][~of_all["reward"].isnan()], of_all["length"]
         return {
             "reward": scored.mean().item(),
             "reward_std": scored.std().item(),
-            **{f"rewards/{name}/mean": x.nanmean().item() for name, x in scores.per_function.items()},
+            **{f"rewards/{name}/mean": of_all[name].nanmean().item() for name in scores.per_function},
             **metrics,
             "completions/mean_length": lengths.mean().item(),
             "completions/max_length": lengths.max().item(),
-            "completions/clipped_ratio": batch.truncated.float().mean().item(),
+            "completions/clipped_ratio": of_all["truncated"].mean().item(),
             "num_tokens": lengths.sum().item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "step_time": time.perf_counter() - started,
         }
 
     def sample(self, problems: list[Problem], group_size: int) -> Rollout:
-        """Completions drawn from the seed, the phase and the step alone, so that a resumed run draws the same."""
-        key = f"{self.settings.seed} {self.phase} {self.done}"
+        """Completions drawn from seed, phase, step and rank alone, so that a resumed run draws the same."""
+        key = f"{self.settings.seed} {self.phase} {self.done}" + (f" {self.ranks.rank}" if self.ranks.rank else "")
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
         return sample(
             self.policy,
@@ -262,16 +291,16 @@ class Run:
     def accuracy_now(self, problems: int = 256) -> float:
         """Share of right answers on dev problems, one sample each."""
         with self.timed("evaluation"):
-            chosen = self.task.problems("dev", 0, problems)
+            chosen = self.ranks.share(self.task.problems("dev", 0, problems))
             texts = self.sample(chosen, 1).texts
             right = accuracy_reward(self.task)(texts, problem=chosen)
-        return sum(r or 0.0 for r in right) / problems
+        return sum(self.ranks.gather(sum(r or 0.0 for r in right))) / problems
 
     def evaluate(self, split: Split, problems: int) -> Evaluation:
-        """Accuracy of the model as it is."""
+        """Accuracy of the model as it is: by the first rank, while the others wait."""
         s = self.settings
         with self.timed("evaluation"):
-            return evaluate(
+            found = self.ranks.first and evaluate(
                 self.policy,
                 self.task,
                 split,
@@ -281,6 +310,12 @@ class Run:
                 temperature=s.temperature,
                 seed=s.seed,
             )
+            return self.ranks.from_first(cast(Evaluation, found))
+
+    def record(self, row: dict[str, float]) -> None:
+        """Write a row of metrics, of the first rank."""
+        if self.recorder is not None:
+            self.recorder.write(self.done, row)
 
     def dev_metrics(self) -> dict[str, float]:
         """Accuracy on dev problems, under the names of a metrics row."""
@@ -294,13 +329,14 @@ class Run:
 
     def save_if_due(self, stop: bool, last: bool) -> None:
         """Save every ``save_every`` steps, at the end, and before a signal ends the run."""
+        stop = self.ranks.any(stop)
         if stop or last or self.done % self.settings.save_every == 0:
             self.save()
         if stop:
             raise RunStopped
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint, which is the same for any number of ranks. All wait until it is there."""
         state = {
             "phase": self.phase,
             "done": self.done,
@@ -308,7 +344,9 @@ class Run:
             "seconds": dict(self.seconds),
             "command": self.command,
         }
-        save_checkpoint(self.folder, self.policy.model, self.optimizer, state)
+        if self.ranks.first:
+            save_checkpoint(self.folder, self.policy.model, self.optimizer, state)
+        self.ranks.gather(None)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

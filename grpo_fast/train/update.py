@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grpo_fast import linear_grpo_loss, linear_selective_log_softmax
 from grpo_fast.train.model import Policy
+from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.rollout import Rollout
 from grpo_fast.train.settings import Settings
 
@@ -24,8 +25,9 @@ def grpo_update(
     rewards: Tensor,
     ref_logps: Tensor | None,
     settings: Settings,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Take one step; the gradient is accumulated over slices of whole groups.
+    """Take one step; the gradient is accumulated over slices of whole groups, and over the ranks.
 
     Args:
         policy: The model that learns.
@@ -34,15 +36,17 @@ def grpo_update(
         rewards: (B,), NaN where unscorable; the loss normalizes them within their groups.
         ref_logps: (B, T) under the reference model, needed with ``settings.beta``.
         settings: The run's.
+        ranks: Each has completions of its own, which are the batch together; all take the same step.
 
     Returns:
         The loss's metrics as numbers (means over slices weighted by their rows), ``loss`` and ``grad_norm``.
     """
     config = settings.loss()
-    num_items = batch.completion_mask.sum() if settings.loss_type in _TOKEN_NORMALIZED else None
+    num_items = ranks.sum(batch.completion_mask.sum()) if settings.loss_type in _TOKEN_NORMALIZED else None
+    all_rows = sum(ranks.gather(rewards.numel()))
     metrics: defaultdict[str, float] = defaultdict(float)
     for rows in slices(rewards.numel(), settings.micro_prompts * settings.group_size):
-        micro, share = batch.part(rows), rewards[rows].numel() / rewards.numel()
+        micro, share = batch.part(rows), rewards[rows].numel() / all_rows
         out = linear_grpo_loss(
             micro.hidden_states(policy),  # (b, T, H)
             completion_ids=micro.completion_ids,
@@ -65,10 +69,17 @@ def grpo_update(
                 metrics[name] = max(metrics[name], value.item())
             elif name not in ("policy_loss", "num_active_tokens"):
                 metrics[name] += value.item() * share
+    ranks.sum_gradients(policy.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), settings.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {**metrics, "grad_norm": norm.item()}
+    return {**_over_ranks(metrics, ranks), "grad_norm": norm.item()}
+
+
+def _over_ranks(metrics: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    """Each rank's part of the batch's metrics, put together."""
+    parts = ranks.gather(metrics)
+    return {name: (max if name == "ratio/max" else sum)(part[name] for part in parts) for name in metrics}
 
 
 @torch.no_grad()
