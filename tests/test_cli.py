@@ -36,7 +36,10 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("arguments", "message"),
     [
         (["train", "--task", "chess"], "task: got 'chess', want one of"),
-        (["train", "--model", "nosuchmodel"], "model: got 'nosuchmodel', want tiny, smollm2-135m, a folder"),
+        (
+            ["train", "--model", "nosuchmodel"],
+            "model: got 'nosuchmodel', want tiny, tiny-student, smollm2-135m, a folder",
+        ),
         (["train", "--model", "smollm2-135m"], "model: smollm2-135m is not fetched yet; run: grpo-fast fetch"),
         (["train", "--loss-type", "ppo"], "loss_type: got 'ppo'"),
         (["train", "--config", "missing.toml"], "config: cannot read missing.toml"),

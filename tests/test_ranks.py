@@ -19,7 +19,7 @@ from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import Settings
-from grpo_fast.train.supervised import supervised_loss
+from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import load_task
 from grpo_fast.train.trainer import RunStopped, train
 from grpo_fast.train.update import grpo_update, reference_logps
@@ -99,7 +99,7 @@ def write_updates(ranks: Ranks, folder: Path) -> None:
     found = {loss_type: update(ranks, loss_type) for loss_type in LOSS_TYPES}
     policy = load_policy("tiny", device="cpu", seed=3)
     problems = load_task("chain_sum").problems("train", 0, 7)
-    supervised_loss(policy, ranks.share(problems), ranks).backward()
+    supervised_loss(policy, worked(ranks.share(problems)), ranks).backward()
     ranks.sum_gradients(policy.model.parameters())
     found["supervised"] = {n: p.grad for n, p in policy.model.named_parameters()}
     torch.save(found, folder / f"{ranks.rank}.pt")
@@ -149,7 +149,7 @@ def test_ranks_take_the_step_of_one_process(tmp_path: Path) -> None:
             step, steps = (after[name] - before[name] for after in (alone["model"], first[loss_type]["model"]))
             torch.testing.assert_close(steps, step, rtol=1e-3, atol=1e-3 * step.abs().max().item() + 1e-9)
     policy = load_policy("tiny", device="cpu", seed=3)
-    supervised_loss(policy, load_task("chain_sum").problems("train", 0, 7)).backward()
+    supervised_loss(policy, worked(load_task("chain_sum").problems("train", 0, 7))).backward()
     for name, parameter in policy.model.named_parameters():
         torch.testing.assert_close(first["supervised"][name], parameter.grad, rtol=1e-4, atol=1e-6)
 

@@ -19,7 +19,7 @@ from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.recorder import read_metrics
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import PRESETS, Settings, load_settings
-from grpo_fast.train.supervised import supervised_loss
+from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import TASKS, completion_text, load_task
 from grpo_fast.train.trainer import RunStopped, train
 from grpo_fast.train.update import grpo_update, reference_logps
@@ -131,7 +131,7 @@ def test_supervised_loss_is_the_mean_over_completion_tokens(policy: Policy) -> N
         logits = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         total += torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum").item()
         count += len(completion)
-    assert supervised_loss(policy, problems).item() == pytest.approx(total / count, rel=1e-5)
+    assert supervised_loss(policy, worked(problems)).item() == pytest.approx(total / count, rel=1e-5)
 
 
 class Recording:

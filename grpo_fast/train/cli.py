@@ -1,4 +1,4 @@
-"""The command ``grpo-fast``: train, eval, report, fetch, bench, info."""
+"""The command ``grpo-fast``: train, r1, eval, report, fetch, bench, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ examples:
   grpo-fast train                              a tiny model learns sums, a few minutes on a laptop
   grpo-fast train --task gcd --out runs/gcd    another task; see 'grpo-fast train --help' for all
   grpo-fast train --resume runs/demo           go on after Ctrl-C, to the same result
+  grpo-fast r1                                 the whole recipe of R1, distillation too, a quarter of an hour
   grpo-fast eval runs/demo --problems 500      measure the trained model again
   grpo-fast bench --quick                      time the ops on this machine, beside their peers
   grpo-fast fetch smollm2-135m                 a real pretrained model, 98 MB, then:
@@ -33,6 +34,10 @@ A short supervised cold start on worked traces, then GRPO: sample a group of ans
 and the well-formed ones, and push the model toward those that beat their group's average. --out gets report.png and
 report.md (what happened, to look at), summary.json, metrics.jsonl, tensorboard/, model/ and checkpoint/.
 Settings come from defaults, then the model's preset, then --config, then the flags below."""
+_R1_HELP = """\
+RL from a short cold start (R1-Zero); RL after a cold start (R1); the teacher's verified traces; a student of a
+quarter of its size that learns them; RL on that student, and on one that has learned none. Ends with report.html.
+What was stopped goes on when the command is given again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
             help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
             flag = f"--{f.name.replace('_', '-')}"
             train.add_argument(flag, type=type(f.default), help=help, metavar=type(f.default).__name__.upper())
+
+    r1 = commands.add_parser(
+        "r1", help="R1 in miniature: RL, distillation, and what each is worth", description=_R1_HELP
+    )
+    r1.set_defaults(run=_r1)
+    r1.add_argument("--out", type=Path, default=Path("runs/r1"), help="folder of all stages (default: runs/r1)")
+    r1.add_argument("--seed", type=int, default=0, help="everything random follows from it (default: 0)")
+    r1.add_argument("--device", default="auto", help="'cpu', 'cuda', or 'auto': the GPU if there is one")
 
     measure = commands.add_parser("eval", help="measure a trained or a pretrained model")
     measure.set_defaults(run=_eval)
@@ -160,6 +173,30 @@ def _train(options: dict[str, Any], command: str) -> None:
     console = Console()
     console.print(table(summary))
     console.print(f"{folder / 'report.png'} and {folder / 'report.md'} show how it went", highlight=False)
+
+
+def _r1(options: dict[str, Any], command: str) -> None:
+    from rich.console import Console
+
+    from grpo_fast.train.model import quiet_transformers
+    from grpo_fast.train.r1 import lessons, run_r1
+    from grpo_fast.train.r1_report import REPORT_FILE, table, write
+    from grpo_fast.train.trainer import RunStopped
+
+    quiet_transformers()
+    _keep_freed_memory()
+    folder: Path = options["out"]
+    try:
+        run_r1(folder, seed=options["seed"], device=options["device"])
+    except RunStopped:
+        print(f"go on with: {command}", file=sys.stderr)
+        raise
+    measured = write(folder)
+    console = Console()
+    console.print(table(measured))
+    for lesson, holds, numbers in lessons(measured):
+        console.print(f"{'holds' if holds else 'does not hold here'}: {lesson}. {numbers}.", highlight=False)
+    console.print(f"{folder / REPORT_FILE} shows it all", highlight=False)
 
 
 def _eval(options: dict[str, Any], command: str) -> None:

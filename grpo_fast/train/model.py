@@ -105,10 +105,14 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
-    """Load a model by name: ``"tiny"``, ``"smollm2-135m"``, a folder, or a name on the hub.
+#: Models that are made anew, by their hidden size: 0.4 and 0.1 M parameters.
+TINY: dict[str, int] = {"tiny": 128, "tiny-student": 64}
 
-    ``"tiny"`` is made anew, its weights drawn from ``seed``. Weights are float32; only safetensors files are
+
+def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
+    """Load a model by name: one of ``TINY``, ``"smollm2-135m"``, a folder, or a name on the hub.
+
+    Tiny ones are made anew, their weights drawn from ``seed``. Weights are float32; only safetensors files are
     read, and no code that comes with a model runs.
 
     Raises:
@@ -117,13 +121,15 @@ def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch sees no GPU; want 'cpu' or 'auto'")
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if name == "tiny":
+    if name in TINY:
         torch.manual_seed(seed)
         tokenizer = character_tokenizer()
-        return Policy(tiny_model(tokenizer), tokenizer, compact=True, device=where)
+        return Policy(tiny_model(tokenizer, TINY[name]), tokenizer, compact=True, device=where)
     source = str(model_folder(name)) if name in GGUF else name
     if not Path(source).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise ValueError(f"model: got {name!r}, want tiny, {', '.join(GGUF)}, a folder, or a hub name 'owner/name'")
+        raise ValueError(
+            f"model: got {name!r}, want {', '.join([*TINY, *GGUF])}, a folder, or a hub name 'owner/name'"
+        )
     safe: dict[str, Any] = {"trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
@@ -146,13 +152,13 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama-style decoder of about 0.4 M parameters."""
+def tiny_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> LlamaForCausalLM:
+    """A Llama-style decoder of two layers."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,

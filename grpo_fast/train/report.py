@@ -122,10 +122,10 @@ def _series(axis: Axes, rows: list[dict[str, float]], key: str) -> None:
         return
     steps, values = zip(*points, strict=True)
     axis.plot(steps, values, color="C0", lw=0.7, alpha=0.4)
-    axis.plot(steps, _smooth(values), color="C0", lw=1.8)
+    axis.plot(steps, smooth(values), color="C0", lw=1.8)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average with its start corrected for the values it has not seen."""
     smooth, total, out = 0.0, 0.0, []
     for value in values:

@@ -26,7 +26,10 @@ class Settings:
         ValueError: A value is out of its range; the message names it.
     """
 
-    model: str = _setting("tiny", "'tiny' (0.4 M parameters, characters), 'smollm2-135m', a folder or a hub name")
+    model: str = _setting(
+        "tiny",
+        "'tiny' or 'tiny-student' (0.4 and 0.1 M parameters, characters), 'smollm2-135m', a folder or a hub name",
+    )
     task: str = _setting("chain_sum", f"what to learn: {', '.join(TASKS)}")
     task_options: str = _setting("{}", "the task's own settings as JSON, such as '{\"max_terms\": 4}'")
     seed: int = _setting(0, "everything random follows from it and the step")

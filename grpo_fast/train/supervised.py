@@ -1,6 +1,8 @@
-"""The cold start: supervised steps on worked traces, so that the model knows the format and sometimes is right."""
+"""Supervised steps on worked completions: the cold start on given traces, distillation on those of a teacher."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -9,15 +11,23 @@ from grpo_fast.train.model import Policy
 from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.tasks import Problem, completion_text
 
+#: A problem, and a completion to learn.
+Example = tuple[Problem, str]
 
-def supervised_loss(policy: Policy, problems: list[Problem], ranks: Ranks = ALONE) -> torch.Tensor:
-    """Mean cross entropy of the worked completions' tokens, prompts left out: this rank's part of it."""
-    prompts = [policy.prompt(p) for p in problems]
-    completions = [policy.completion(completion_text(p)) for p in problems]
+
+def worked(problems: Sequence[Problem]) -> list[Example]:
+    """Problems with the ideal completion that each comes with."""
+    return [(problem, completion_text(problem)) for problem in problems]
+
+
+def supervised_loss(policy: Policy, examples: Sequence[Example], ranks: Ranks = ALONE) -> torch.Tensor:
+    """Mean cross entropy of the completions' tokens, prompts left out: this rank's part of it."""
+    prompts = [policy.prompt(problem) for problem, _ in examples]
+    completions = [policy.completion(text) for _, text in examples]
     width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    ids = torch.full((len(problems), width), policy.pad_id)
-    labels = torch.full((len(problems), width), -100)
-    mask = torch.zeros(len(problems), width, dtype=torch.bool)
+    ids = torch.full((len(examples), width), policy.pad_id)
+    labels = torch.full((len(examples), width), -100)
+    mask = torch.zeros(len(examples), width, dtype=torch.bool)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor(prompt + completion)

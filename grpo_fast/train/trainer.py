@@ -31,7 +31,7 @@ from grpo_fast.train.rewards import (
 )
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import Settings, to_json
-from grpo_fast.train.supervised import supervised_loss
+from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import Problem, Split, load_task
 from grpo_fast.train.update import grpo_update, reference_logps, slices
 
@@ -149,7 +149,7 @@ class Run:
             while self.done < s.cold_start_steps:
                 with self.timed("cold_start"):
                     problems = self.task.problems("train", self.done * s.cold_start_batch, s.cold_start_batch)
-                    loss = supervised_loss(self.policy, self.ranks.share(problems), self.ranks)
+                    loss = supervised_loss(self.policy, worked(self.ranks.share(problems)), self.ranks)
                     loss.backward()
                     self.ranks.sum_gradients(self.policy.model.parameters())
                     torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), 1.0)

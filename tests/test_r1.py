@@ -1,0 +1,149 @@
+"""The recipe of R1: its stages, that they resume, and that what is reported is what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.train import checkpoint, distill, r1, traces
+from grpo_fast.train.distill import DistillSettings
+from grpo_fast.train.model import load_policy
+from grpo_fast.train.r1 import MODELS, lessons, run_r1, without_thought
+from grpo_fast.train.r1_report import write
+from grpo_fast.train.rollout import Rollout
+from grpo_fast.train.supervised import supervised_loss, worked
+from grpo_fast.train.tasks import completion_text, load_task
+from grpo_fast.train.trainer import RunStopped
+
+STUDENT = DistillSettings(model="tiny-student", epochs=2, batch=4, save_every=3, device="cpu", seed=1)
+
+
+def test_all_stages_run_and_those_that_ended_do_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, begun = r1.train, []
+
+    def stop_at_student(settings: Any, place: Path, **options: Any) -> Any:
+        begun.append((place.name, options["resume"]))
+        if place.name == "student" and len(begun) == 3:
+            raise RunStopped
+        return original(settings, place, **options)
+
+    monkeypatch.setattr(r1, "train", stop_at_student)
+    with pytest.raises(RunStopped):
+        run_r1(tmp_path, device="cpu", small=True)
+    measured = run_r1(tmp_path, device="cpu", small=True)
+    assert [name for name, _ in begun] == ["zero", "r1", "student", "student", "control"]
+    assert run_r1(tmp_path, device="cpu", small=True) == measured  # all read from files
+    assert len(begun) == 5
+
+    assert measured["models"].keys() == MODELS.keys()
+    sizes = {name: m["parameters"] for name, m in measured["models"].items()}
+    assert 0.2 < sizes["distilled/model"] / sizes["r1/model"] < 0.35
+    assert sizes["control/model"] == sizes["student/model"] == sizes["distilled/model"]
+    write(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 1
+    assert all(title in page for title in MODELS.values())
+    assert "http" not in page  # it needs nothing beside it
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_only_right_and_well_formed_traces_are_kept_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task("chain_sum")
+    policy = load_policy("tiny", device="cpu")
+    first, second = task.problems("train", 10, 2)
+    right = completion_text(first)
+    answers = [right, right, right.replace("<think>", ""), f"<think></think><answer>{first.answer}</answer>"]
+    answers += [completion_text(second), right, "", f"<think>x</think><answer>{second.answer}0</answer>"]
+    empty = torch.zeros(8, 1)
+    monkeypatch.setattr(
+        traces, "sample", lambda *_, **__: Rollout(empty, empty, empty, empty, empty, answers, empty.bool())
+    )
+    found = traces.collect(policy, task, first=10, problems=2, samples=4, max_new_tokens=8, temperature=1.0, seed=0)
+    wanted = {(10, right), (10, answers[3]), (11, answers[4])}
+    if task.verify(first.answer, second):  # then the first problem's answer is right for the second too
+        wanted.add((11, right))
+    assert set(found.kept) == wanted
+    assert len(found.kept) == len(wanted)
+    assert (found.sampled, found.right >= 5, found.well_formed) == (8, True, 6)
+    assert next(problem.answer for problem, _ in found.examples(task)) == first.answer
+
+
+def test_traces_survive_writing(tmp_path: Path) -> None:
+    found = traces.Traces([(3, "<think>a</think>"), (4, "b")], 8, 5, 6)
+    found.write(tmp_path / "traces.json")
+    assert traces.Traces.read(tmp_path / "traces.json") == found
+    assert [file.name for file in tmp_path.iterdir()] == ["traces.json"]
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_distillation_that_was_stopped_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    examples = worked(load_task("chain_sum").problems("train", 0, 10))  # the last batch of an epoch has 2
+    whole = distill.distill(STUDENT, examples, tmp_path / "whole")
+    assert whole["steps"] == 6
+    calls = []
+
+    def interrupt(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return supervised_loss(*args)
+
+    monkeypatch.setattr(distill, "supervised_loss", interrupt)
+    with pytest.raises(RunStopped):
+        distill.distill(STUDENT, examples, tmp_path / "run")
+    monkeypatch.undo()
+    again = distill.distill(STUDENT, examples, tmp_path / "run")
+    assert (again["steps"], again["tokens"]) == (whole["steps"], whole["tokens"])
+    models = [checkpoint.load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[1])
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "whole")]
+    assert rows[0] == rows[1]
+
+
+def test_a_student_learns_what_it_is_shown(tmp_path: Path) -> None:
+    examples = worked(load_task("chain_sum").problems("train", 0, 8))
+    settings = DistillSettings(model="tiny-student", epochs=60, batch=8, lr=5e-3, device="cpu")
+    distill.distill(settings, examples, tmp_path / "run")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.3 * losses[0]
+    assert load_policy(str(tmp_path / "run" / "model"), device="cpu").model.config.hidden_size == 64
+    with pytest.raises(ValueError, match="examples: got none"):
+        distill.distill(settings, [], tmp_path / "none")
+
+
+def test_without_a_thought_the_answer_follows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, policy = load_task("chain_sum"), load_policy("tiny", device="cpu")
+    problems = task.problems("test", 0, 2)
+    asked = []
+
+    def answer(_: Any, prompts: list[list[int]], **options: Any) -> Rollout:
+        asked.extend(policy.decode(torch.tensor(prompt)) for prompt in prompts)
+        empty = torch.zeros(2, 1)
+        texts = [f"{problems[0].answer}</answer>", "nothing"]
+        return Rollout(empty, empty, empty, empty, empty, texts, empty.bool())
+
+    monkeypatch.setattr(r1, "sample", answer)
+    share, _ = without_thought(policy, task, problems)
+    assert share == 0.5
+    assert asked == [f"{problem.compact}{r1.NO_THOUGHT}" for problem in problems]
+
+
+def test_a_lesson_holds_only_beyond_two_standard_errors() -> None:
+    def model(title: str, accuracy: float, error: float = 0.02) -> dict[str, Any]:
+        rest = {"greedy": 0.8, "problems": 200, "without_thought": (0.2, 0.03)}
+        return {"title": title, "pass_at_1": accuracy, "pass_at_1_se": error, **rest}
+
+    accuracy = dict(zip(MODELS, (0.1, 0.5, 0.45, 0.8, 0.6, 0.64, 0.3), strict=True))
+    found = lessons({"models": {name: model(name, value) for name, value in accuracy.items()}})
+    assert [holds for _, holds, _ in found] == [True, True, True, True, False]
+    assert "+30.0 ± 2.8 points" in found[3][2]
