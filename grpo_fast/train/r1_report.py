@@ -138,8 +138,8 @@ def _page(measured: dict[str, Any], picture: bytes) -> str:
         f'<img alt="accuracy, length, reward, KL and entropy over steps" '
         f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
         f"<h2>On {first['problems']} test problems, {first['samples']} samples each</h2>"
-        "<p>No model was trained on them or chosen by them; ± is one standard error. Without thinking: the answer has "
-        "to follow at once, which no model was trained to do.</p>",
+        "<p>No model was trained on them or chosen by them; ± is one standard error. Without thinking: the answer "
+        "has to follow at once, which no model was trained to do.</p>",
         _table(columns, rows),
         "<h2>pass@1 by level</h2>",
         _table(["", *LEVELS], by_level),
