@@ -19,10 +19,10 @@ import json
 import math
 import os
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -133,11 +133,11 @@ class Timer:
         host = 0.0
         for _ in range(self.warmup):
             self.synchronize()
-            start = time.perf_counter()
+            start = perf_counter()
             for fn in fns:
                 restore()
                 fn()
-            host = time.perf_counter() - start
+            host = perf_counter() - start
         self.synchronize()
         if self.device != "cuda":
             times = [[self._clocked(fn, restore) for fn in fns] for _ in range(self.runs)]
@@ -162,11 +162,11 @@ class Timer:
         for _ in range(self.warmup):
             fn()
         self.synchronize()
-        start = time.perf_counter()
+        start = perf_counter()
         for _ in range(self.runs):
             fn()
         self.synchronize()
-        return (time.perf_counter() - start) / self.runs * 1e3
+        return (perf_counter() - start) / self.runs * 1e3
 
     def synchronize(self) -> None:
         if self.device == "cuda":
@@ -175,9 +175,9 @@ class Timer:
     @staticmethod
     def _clocked(fn: Callable[[], Any], before: Callable[[], Any]) -> float:
         before()
-        start = time.perf_counter()
+        start = perf_counter()
         fn()
-        return (time.perf_counter() - start) * 1e3
+        return (perf_counter() - start) * 1e3
 
 
 def _quantiles(times: list[float]) -> dict[str, float]:
