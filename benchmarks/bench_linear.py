@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_fast import GRPOLossConfig, linear_grpo_loss, linear_selective_log_softmax
 
-from .harness import Benchmark, Provider, Record, Task, Timer, run_task
+from .harness import DEVICE, Benchmark, Provider, Record, Task, Timer, run_task
 
 SEQUENCES = 8
 CHECKED = 64  # hidden states, and rows of the head, whose gradients are held against float64
@@ -79,19 +79,19 @@ class Inputs:
         shape = (SEQUENCES, case.rows // SEQUENCES)
         V, H = case.vocabulary, case.hidden
         self.case = case
-        self.weight = (torch.randn(V, H, device="cuda") / math.sqrt(H)).bfloat16()
-        self.ids = torch.randint(0, V, shape, device="cuda")
+        self.weight = (torch.randn(V, H, device=DEVICE) / math.sqrt(H)).bfloat16()
+        self.ids = torch.randint(0, V, shape, device=DEVICE)
         # Along the token's row of the head, whose norm is about 1; what is beside it spreads the other logits.
-        sure = torch.rand(shape, device="cuda") < 0.8
-        heights = torch.where(sure, 16 + 24 * torch.rand(shape, device="cuda"), 10 * torch.rand(shape, device="cuda"))
-        self.hidden = torch.empty(*shape, H, device="cuda", dtype=torch.bfloat16)
+        sure = torch.rand(shape, device=DEVICE) < 0.8
+        heights = torch.where(sure, 16 + 24 * torch.rand(shape, device=DEVICE), 10 * torch.rand(shape, device=DEVICE))
+        self.hidden = torch.empty(*shape, H, device=DEVICE, dtype=torch.bfloat16)
         for b in range(SEQUENCES):  # one at a time, for what it takes in float32
-            states = torch.randn(shape[1], H, device="cuda") + heights[b, :, None] * self.weight[self.ids[b]].float()
+            states = torch.randn(shape[1], H, device=DEVICE) + heights[b, :, None] * self.weight[self.ids[b]].float()
             self.hidden[b] = states.bfloat16()
         self.weight.requires_grad_(not case.frozen_head)
         self.hidden.requires_grad_()
-        self.mask = torch.arange(shape[1], device="cuda").expand(shape) < round(shape[1] * (1 - case.padding))
-        self.advantages = torch.randn(SEQUENCES, device="cuda")
+        self.mask = torch.arange(shape[1], device=DEVICE).expand(shape) < round(shape[1] * (1 - case.padding))
+        self.advantages = torch.randn(SEQUENCES, device=DEVICE)
         self.advantages[: round(SEQUENCES * case.dead)] = 0.0
         self.beta = 0.0 if case.dead else 0.04
         with torch.no_grad():
@@ -268,9 +268,9 @@ def products(x: Inputs, task: Task) -> Callable[[], None]:
     """The matrix products alone, over all rows."""
     hidden, weight = x.hidden.detach().flatten(0, 1), x.weight.detach()
     count = min(PRODUCT_ROWS, x.case.rows)
-    logits = torch.empty(count, x.case.vocabulary, device="cuda", dtype=hidden.dtype)
+    logits = torch.empty(count, x.case.vocabulary, device=DEVICE, dtype=hidden.dtype)
     d_hidden, d_weight = (
-        torch.empty(count, x.case.hidden, device="cuda", dtype=hidden.dtype),
+        torch.empty(count, x.case.hidden, device=DEVICE, dtype=hidden.dtype),
         torch.empty_like(weight),
     )
 
@@ -289,7 +289,7 @@ def products(x: Inputs, task: Task) -> Callable[[], None]:
 def truth(x: Inputs) -> dict[str, Tensor]:
     """Log-probs (8, T), and the gradients of some hidden states and some rows of the head, in float64."""
     hidden, ids, weight = x.hidden.detach().flatten(0, 1), x.ids.flatten(), x.weight.detach().double()
-    some = torch.linspace(0, len(ids) - 1, CHECKED, device="cuda").long()
+    some = torch.linspace(0, len(ids) - 1, CHECKED, device=DEVICE).long()
     words = ids[some]  # tokens that were sampled: their rows have a gradient of some size
     logps, at_words = [], []
     for h, y in zip(hidden.split(512), ids.split(512), strict=True):

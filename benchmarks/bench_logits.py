@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
 from grpo_fast.reference import logps_and_entropy_ref
 
-from .harness import Benchmark, Provider, Record, Task, Timer, attempt, fastest, run_task, ways_to_read
+from .harness import DEVICE, Benchmark, Provider, Record, Task, Timer, attempt, fastest, run_task, ways_to_read
 
 CONFIG = GRPOLossConfig(beta=0.04, use_bias_correction_kl=False)  # what every peer can compute
 CHECKED_ROWS = 64
@@ -54,13 +54,13 @@ class Inputs:
     def random(cls, case: Case) -> Inputs:
         torch.manual_seed(0)
         shape = (8, case.rows // 8 + 1, case.vocabulary)
-        logits = torch.empty(shape, device="cuda", dtype=getattr(torch, case.dtype))
-        ids = torch.empty(shape[:2], device="cuda", dtype=torch.int64)
+        logits = torch.empty(shape, device=DEVICE, dtype=getattr(torch, case.dtype))
+        ids = torch.empty(shape[:2], device=DEVICE, dtype=torch.int64)
         for t in range(shape[1]):  # by the Gumbel trick, a position at a time
             logits[:, t].normal_(0.0, 2.0)
-            noise = -torch.empty(8, case.vocabulary, device="cuda").exponential_().log()
+            noise = -torch.empty(8, case.vocabulary, device=DEVICE).exponential_().log()
             ids[:, t] = (logits[:, t].float() + noise).argmax(-1)
-        inputs = cls(logits, ids[:, :-1].contiguous(), torch.randn(8, device="cuda"))
+        inputs = cls(logits, ids[:, :-1].contiguous(), torch.randn(8, device=DEVICE))
         with torch.no_grad():
             logps = selective_log_softmax(inputs.tokens, inputs.ids)
         assert isinstance(logps, Tensor)

@@ -30,6 +30,9 @@ from torch import Tensor
 
 Record = dict[str, Any]
 
+#: Where the inputs lie. On the CPU the benchmarks of a GPU's kernels run only to be tested.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 PACKAGES = (
     "torch",
     "triton",

@@ -165,9 +165,34 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "benchmark: logits needs an NVIDIA GPU" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize(
+    ("suite", "case", "mine"),
+    [
+        (bench_logits.BENCHMARK, bench_logits.Case(rows=16, vocabulary=40, dtype="float32"), "grpo_fast's reference"),
+        (bench_linear.BENCHMARK, bench_linear.Case(rows=16, hidden=8, vocabulary=40), "grpo_fast"),
+        (bench_linear.BENCHMARK, bench_linear.Case(rows=16, hidden=8, vocabulary=40, padding=0.5), "grpo_fast"),
+        (bench_linear.BENCHMARK, bench_linear.Case(rows=16, hidden=8, vocabulary=40, dead=0.5), "grpo_fast"),
+        (bench_linear.BENCHMARK, bench_linear.Case(rows=16, hidden=8, vocabulary=40, frozen_head=True), "grpo_fast"),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_benchmarks_of_kernels_measure_the_reference_path(suite: Any, case: Any, mine: str) -> None:
+    """Tiny, on the CPU: everyone that can run there finds the same."""
+    records = suite.measure(Timer(runs=2, warmup=1, device="cpu"), case, lambda p: "compile" not in p.name)
+    tasks = {record["task"] for record in records}
+    assert len(tasks) == 2
+    for task in tasks:
+        timed = {r["provider"].split(" + ")[0]: r for r in records if r["task"] == task and "ms" in r}
+        assert {mine, "torch eager"} <= timed.keys()
+        assert not [name for name, r in timed.items() if "wrong" in r]
+        assert timed[mine]["errors"]
+    assert all("skipped" in r for r in records if "CUDA" in r["provider"])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("benchmark", [bench_logits.BENCHMARK, bench_linear.BENCHMARK], ids=lambda b: b.name)
-def test_the_kernels_are_right_where_they_are_timed(benchmark: Any) -> None:
-    records = benchmark.measure(Timer(runs=2, warmup=1), benchmark.headline, lambda provider: provider.ours)
+@pytest.mark.parametrize("suite", [bench_logits.BENCHMARK, bench_linear.BENCHMARK], ids=lambda b: b.name)
+def test_the_kernels_are_right_where_they_are_timed(suite: Any) -> None:
+    records = suite.measure(Timer(runs=2, warmup=1), suite.headline, lambda provider: provider.ours)
     assert records
     assert all("ms" in record and "wrong" not in record for record in records)
