@@ -17,7 +17,7 @@ from grpo_fast.train.model import load_policy
 from grpo_fast.train.r1 import MODELS, lessons, run_r1, without_thought
 from grpo_fast.train.r1_report import write
 from grpo_fast.train.rollout import Rollout
-from grpo_fast.train.supervised import supervised_loss, worked
+from grpo_fast.train.supervised import divergence_loss, supervised_loss, worked
 from grpo_fast.train.tasks import completion_text, load_task
 from grpo_fast.train.trainer import RunStopped
 
@@ -119,6 +119,26 @@ def test_a_student_learns_what_it_is_shown(tmp_path: Path) -> None:
     assert load_policy(str(tmp_path / "run" / "model"), device="cpu").model.config.hidden_size == 64
     with pytest.raises(ValueError, match="examples: got none"):
         distill.distill(settings, [], tmp_path / "none")
+
+
+def test_a_divergence_brings_the_student_to_the_teachers_distribution(tmp_path: Path) -> None:
+    """More than the traces alone do, which say nothing of what else the teacher holds possible."""
+    teacher = load_policy("tiny", device="cpu", seed=3)
+    teacher.model.eval().requires_grad_(False)
+    examples = worked(load_task("chain_sum").problems("train", 0, 8))
+    gaps = []
+    for divergence in (None, 0.0, 0.5, 1.0):
+        folder = tmp_path / str(divergence)
+        settings = DistillSettings(model="tiny-student", divergence=divergence, epochs=40, batch=8, device="cpu")
+        distill.distill(settings, examples, folder, teacher)
+        student = load_policy(str(folder / "model"), device="cpu")
+        with torch.no_grad():
+            gaps.append(
+                (divergence_loss(student, teacher, examples, 0.0) - supervised_loss(student, examples)).item()
+            )
+    assert max(gaps[1:]) < 0.9 * gaps[0]
+    with pytest.raises(ValueError, match=r"divergence: got 0\.5 without a teacher"):
+        distill.distill(DistillSettings(model="tiny-student", divergence=0.5), examples, tmp_path / "none")
 
 
 def test_without_a_thought_the_answer_follows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     r1.set_defaults(run=_r1)
     r1.add_argument("--out", type=Path, default=Path("runs/r1"), help="folder of all stages (default: runs/r1)")
     r1.add_argument("--seed", type=int, default=0, help="everything random follows from it (default: 0)")
+    r1.add_argument(
+        "--divergence",
+        type=float,
+        metavar="BETA",
+        help="the student also learns the teacher's distribution, by forward (0) or reverse KL (1)",
+    )
     r1.add_argument("--device", default="auto", help="'cpu', 'cuda', or 'auto': the GPU if there is one")
 
     measure = commands.add_parser("eval", help="measure a trained or a pretrained model")
@@ -185,9 +191,9 @@ def _r1(options: dict[str, Any], command: str) -> None:
 
     quiet_transformers()
     _keep_freed_memory()
-    folder: Path = options["out"]
+    folder: Path = options.pop("out")
     try:
-        run_r1(folder, seed=options["seed"], device=options["device"])
+        run_r1(folder, **options)
     except RunStopped:
         print(f"go on with: {command}", file=sys.stderr)
         raise

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from grpo_fast.train.checkpoint import find_checkpoint, read_state, restore, save_checkpoint, write_json
-from grpo_fast.train.model import load_policy
+from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.progress import progress, stop_flag
 from grpo_fast.train.recorder import SUMMARY_FILE, Recorder
-from grpo_fast.train.supervised import Example, supervised_loss
+from grpo_fast.train.supervised import Example, divergence_loss, supervised_loss
 from grpo_fast.train.trainer import RunStopped
 
 
@@ -26,6 +26,8 @@ class DistillSettings:
         epochs: Times it goes through the traces.
         batch: Traces a step.
         lr: AdamW's learning rate at its start; it falls linearly to a tenth.
+        divergence: None for cross entropy alone; else the divergence from the teacher's distribution is added, and
+            this is its ``beta``: 0 for the forward KL, 1 for the reverse KL, between them the generalized JSD.
         save_every: Steps between two checkpoints.
         device, seed: As in ``Settings``.
     """
@@ -34,25 +36,36 @@ class DistillSettings:
     epochs: int = 5
     batch: int = 64
     lr: float = 3e-3
+    divergence: float | None = None
     save_every: int = 100
     device: str = "auto"
     seed: int = 0
 
 
-def distill(settings: DistillSettings, examples: list[Example], folder: Path) -> dict[str, Any]:
+def distill(
+    settings: DistillSettings, examples: list[Example], folder: Path, teacher: Policy | None = None
+) -> dict[str, Any]:
     """Train the student; ``folder`` gets ``model/``, ``metrics.jsonl``, ``checkpoint/`` and ``summary.json``.
 
     A run that was stopped goes on from its checkpoint, to the same result.
+
+    Args:
+        settings: How.
+        examples: Problems with the completions to learn.
+        folder: Of this run.
+        teacher: Whose distribution ``settings.divergence`` is from.
 
     Returns:
         The summary: steps, tokens learned from, seconds.
 
     Raises:
-        ValueError: There are no examples.
+        ValueError: There are no examples, or a divergence without a teacher.
         RunStopped: SIGINT or SIGTERM came; the checkpoint is written.
     """
     if not examples:
         raise ValueError("examples: got none, want traces to learn from")
+    if settings.divergence is not None and teacher is None:
+        raise ValueError(f"divergence: got {settings.divergence} without a teacher, want one, or None")
     policy = load_policy(settings.model, device=settings.device, seed=settings.seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     state: dict[str, Any] = {"done": 0, "tokens": 0, "seconds": 0.0}
@@ -69,7 +82,10 @@ def distill(settings: DistillSettings, examples: list[Example], folder: Path) ->
             chosen = [examples[i] for i in batches[step]]
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * max(0.1, 1 - step / len(batches))
-            loss = supervised_loss(policy, chosen)
+            if settings.divergence is None or teacher is None:
+                loss = supervised_loss(policy, chosen)
+            else:
+                loss = divergence_loss(policy, teacher, chosen, settings.divergence)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
             optimizer.step()

@@ -64,12 +64,15 @@ MODELS: dict[str, str] = {
 }
 
 
-def run_r1(folder: Path, *, seed: int = 0, device: str = "auto", small: bool = False) -> dict[str, Any]:
+def run_r1(
+    folder: Path, *, seed: int = 0, device: str = "auto", divergence: float | None = None, small: bool = False
+) -> dict[str, Any]:
     """Run all stages that are missing in ``folder``; returns what was measured.
 
     Args:
         seed: Everything random follows from it.
         device: As in ``Settings``.
+        divergence: As in ``DistillSettings``: the student learns the teacher's distribution too.
         small: For tests: every stage in a few seconds, and nothing learned.
 
     Raises:
@@ -99,7 +102,9 @@ def run_r1(folder: Path, *, seed: int = 0, device: str = "auto", small: bool = F
     if not (folder / "distilled" / SUMMARY_FILE).exists():
         # The teacher of a small run is never right.
         examples = worked(task.problems("train", 0, 8)) if small else traces.examples(task)
-        distill(DistillSettings(model=STUDENT, device=device, seed=seed), examples, folder / "distilled")
+        settings = DistillSettings(model=STUDENT, divergence=divergence, device=device, seed=seed)
+        teacher = load_policy(str(folder / "r1" / "model"), device=device)
+        distill(settings, examples, folder / "distilled", teacher)
     model = str(folder / "distilled" / "model")
     reinforce("student", replace(base, model=model, cold_start_steps=0, steps=student_steps))
     reinforce("control", replace(base, model=STUDENT, cold_start_until=BARELY, steps=control_steps))
