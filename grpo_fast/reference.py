@@ -39,7 +39,8 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 # Log-probabilities and entropy ---------------------------------------------------------------------------------
 
 
-def _scaled_logits(logits: Tensor, temperature: float, logit_scale: float, softcap: float | None) -> Tensor:
+def scaled_logits(logits: Tensor, temperature: float, logit_scale: float, softcap: float | None) -> Tensor:
+    """The exponents of the softmax: scale, then softcap, then temperature."""
     z = logits * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -65,7 +66,7 @@ def logps_and_entropy_ref(
     z = logits.to(accumulation_dtype(logits))
     if mask is not None:
         z = z.masked_fill(~mask.bool().unsqueeze(-1), 0.0)
-    log_p = torch.log_softmax(_scaled_logits(z, temperature, logit_scale, softcap), dim=-1)
+    log_p = torch.log_softmax(scaled_logits(z, temperature, logit_scale, softcap), dim=-1)
     inside = (index >= 0) & (index < logits.size(-1))
     logps = log_p.gather(-1, torch.where(inside, index, 0).long().unsqueeze(-1)).squeeze(-1)
     if label_smoothing:
@@ -490,9 +491,9 @@ def linear_divergence_ref(
     bs, bt = (None if b is None else b.to(dtype) for b in (student_bias, teacher_bias))
 
     def chunk(hs: Tensor, ht: Tensor) -> tuple[Tensor]:
-        zs = _scaled_logits(project(hs, ws, bs), temperature, student_logit_scale, student_softcap)
+        zs = scaled_logits(project(hs, ws, bs), temperature, student_logit_scale, student_softcap)
         with torch.no_grad():
-            zt = _scaled_logits(project(ht, wt, bt), temperature, teacher_logit_scale, teacher_softcap)
+            zt = scaled_logits(project(ht, wt, bt), temperature, teacher_logit_scale, teacher_softcap)
         return (divergence_ref(torch.log_softmax(zs, -1), torch.log_softmax(zt, -1), beta),)
 
     (divergence,) = map_rows(

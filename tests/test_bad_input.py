@@ -51,6 +51,10 @@ LOGITS_OPTIONS = [
     ({"impl": "cudnn"}, "impl: got 'cudnn', want None or one of cuda, triton, torch"),
 ]
 SCALE_OPTIONS = [
+    (
+        {"process_group": "tp"},
+        "process_group: got str, want a torch.distributed.ProcessGroup that this rank belongs to",
+    ),
     ({"logit_scale": -1.0}, "logit_scale: got -1.0, want a finite number > 0"),
     ({"softcap": 0}, "softcap: got 0, want a finite number > 0"),
 ]

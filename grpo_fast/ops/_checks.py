@@ -88,9 +88,9 @@ def check_logits_options(temperature: object, logit_scale: object, softcap: obje
         check_positive("softcap", softcap)
 
 
-def check_vocabulary(size: int) -> None:
-    """Check that there is something to choose from."""
-    if size < 2:
+def check_vocabulary(size: int, group: str | None = None) -> None:
+    """Check that there is something to choose from; of shards ``shard_index`` does."""
+    if group is None and size < 2:
         raise ValueError(f"vocabulary: got V = {size}, want at least 2")
 
 

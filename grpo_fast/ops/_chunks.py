@@ -22,7 +22,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from grpo_fast.ops._vocabulary_parallel import resolve
 
 #: What the logits of a chunk and the gradients of a section may take, in bytes, where the caller does not say.
 WORKSPACE_BYTES = 2 * 2**30
@@ -151,6 +154,7 @@ class ChunkedHead:
         workspace_bytes: What the logits of a chunk and the gradients of a section may take.
         weight_grad_out: (V, H) float32 that the weight's gradient is added to; None for a tensor of its own.
         scale: A scalar that the gradients of the logits come multiplied by, so that they do not underflow.
+        group: Of ranks that have a shard of the vocabulary each, over which the gradient of ``hidden`` is added up.
     """
 
     def __init__(
@@ -163,6 +167,7 @@ class ChunkedHead:
         workspace_bytes: int,
         weight_grad_out: Tensor | None = None,
         scale: Tensor | None = None,
+        group: str | None = None,
     ) -> None:
         V, H = weight.shape
         self.rows = rows
@@ -190,13 +195,15 @@ class ChunkedHead:
         if two_buffers:
             self._gradient = weight.new_empty(longest, width, dtype=self.dtype)[:, :V]
 
-        self._scale = scale
+        self._scale, self._group = scale, group
+        self._reduction: dist.Work | None = None
         self._d_hidden: Tensor | None = None
         self._d_weight: Tensor | None = None
         self._d_bias: Tensor | None = None
         if needs.hidden:
             make = hidden.new_empty if rows.live == rows.count else hidden.new_zeros
-            self._d_hidden = make(rows.count, H, dtype=gradient_dtype(hidden))
+            dtype = gradient_dtype(hidden) if group is None else torch.float32
+            self._d_hidden = make(rows.count, H, dtype=dtype)
         self._weight_dtype = gradient_dtype(weight)
         self._weight_grad_out = weight_grad_out
         self._weight_has_values = weight_grad_out is not None
@@ -245,6 +252,8 @@ class ChunkedHead:
         gradient = self._gradient[: _length(self._section)]
         if self._d_hidden is not None:
             self._backpropagate_to_hidden(gradient, self._d_hidden)
+            if self._section.stop == self.rows.live:
+                self._reduce_hidden()  # while the last section's product with the weight is computed
         if self._d_weight is not None:
             if self._weight_has_values:
                 add_product(gradient.t(), self._x, self._d_weight)
@@ -268,6 +277,14 @@ class ChunkedHead:
             d_hidden.index_copy_(0, index[self._section], d_rows.to(d_hidden.dtype))
         return None
 
+    def _reduce_hidden(self) -> None:
+        """Begin to add up the hidden states' gradient over the group.
+
+        All of it at once, whichever rows are live: shards of different sizes have different sections.
+        """
+        if self._group is not None and self._d_hidden is not None:
+            self._reduction = dist.all_reduce(self._d_hidden, group=resolve(self._group), async_op=True)
+
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in ``gradient_dtype``; empty where there is none to hand out."""
         del self._logits, self._gradient  # their memory, before the weight's gradient is rounded
@@ -276,6 +293,10 @@ class ChunkedHead:
             if total is not None and self._scale is not None:
                 total /= self._scale
         if self._d_hidden is not None:
+            if self.rows.live == 0:
+                self._reduce_hidden()
+            if self._reduction is not None:
+                self._reduction.wait()
             d_hidden = self._d_hidden.view(self._hidden.shape)
         if self._d_weight is not None and self._weight_grad_out is None:
             if not self._weight_has_values:

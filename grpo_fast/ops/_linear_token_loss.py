@@ -229,5 +229,5 @@ def check_weight_grad_out(shapes: Shapes, weight_grad_out: object, *, possible: 
     if not possible:
         raise ValueError(
             "weight_grad_out: got one, want None where the gradients do not come along with the loss: that takes a "
-            "kernel, and a loss that follows from a token's own logits"
+            "kernel, a loss that follows from a token's own logits, and all of these on one rank"
         )

@@ -15,8 +15,9 @@ from grpo_fast.ops._library import gradient_buffer, mutating_op, overwritten
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
 from grpo_fast.ops._row_kernels import row_kernels
 from grpo_fast.ops._token_loss import METRICS, name_results, term_options, threshold_tensor
-from grpo_fast.ops.selective_log_softmax import fused_logps_and_entropy
-from grpo_fast.reference import accumulation_dtype, logps_and_entropy_ref
+from grpo_fast.ops._vocabulary_parallel import local_shards
+from grpo_fast.ops.selective_log_softmax import logps_and_entropy
+from grpo_fast.reference import accumulation_dtype
 
 _DEFAULT = GRPOLossConfig()
 
@@ -43,6 +44,7 @@ def grpo_loss(
     softcap: float | None = None,
     config: GRPOLossConfig = _DEFAULT,
     overwrite_logits: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> GRPOLossOutput:
     """The GRPO loss of completions under ``logits``: log-probs, ratio, clip, advantages, KL, metrics.
@@ -69,11 +71,14 @@ def grpo_loss(
         entropy_mask: (token); the policy term and the entropy bonus act only where it is 1 (arXiv 2506.01939).
         entropy_threshold: The same by value: tokens of at least this entropy, in nats. A number or a 0-d tensor.
         num_items_in_batch: What ``dapo``, ``cispo`` and ``vespo`` divide by, a number or a 0-d tensor; None takes
-            the tokens that count in this batch. Nothing is reduced across processes here.
+            the tokens that count in this batch, which are those of this process alone.
         temperature, logit_scale, softcap: As in ``selective_log_softmax``.
         overwrite_logits: Write the gradient over the logits, which saves a buffer as large. Their values are gone
             when this returns, or, for losses that need a whole sequence first, after the backward; with nothing to
             differentiate they stay. The ``"torch"`` implementation leaves them alone.
+        process_group: ``logits`` are this rank's shard of the vocabulary, as in ``selective_log_softmax``; the
+            other arguments and the results are the same on every rank of the group. The logits are then read twice,
+            as for losses that need a whole sequence first.
         config: The loss's options.
         impl: None, or an implementation by name.
 
@@ -102,38 +107,30 @@ def grpo_loss(
         num_items_in_batch=num_items_in_batch,
         config=config,
     )
+    group, (logits,) = local_shards(process_group, -1, logits=logits)
     shapes = Shapes()
     shapes.check("logits", logits, (*batch.token_dims, "V"))
-    check_vocabulary(shapes.dims["V"])
+    check_vocabulary(shapes.dims["V"], group)
     batch.check(shapes)
     check_logits_options(temperature, logit_scale, softcap)
 
     implementation = backend.choose("grpo_loss", impl, logits)
-    if implementation != "torch" and batch.is_known_by_token():
+    if implementation != "torch" and group is None and batch.is_known_by_token():
         return _fused(logits, batch, temperature, logit_scale, softcap, overwrite_logits, implementation)
     # The loss needs every token's log-prob first: log-probs, the reference on (B, T) values, then the gradient.
     sequences = batch.sequences(accumulation_dtype(logits))
-    if implementation == "torch":
-        logps, entropy = logps_and_entropy_ref(
-            logits,
-            completion_ids,
-            mask=sequences.mask,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-        )
-    else:
-        logps, entropy = fused_logps_and_entropy(
-            logits,
-            completion_ids,
-            sequences.mask,
-            temperature,
-            logit_scale,
-            softcap,
-            return_entropy=True,
-            overwrite_logits=overwrite_logits,
-            impl=implementation,
-        )
+    logps, entropy = logps_and_entropy(
+        logits,
+        completion_ids,
+        mask=sequences.mask,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        return_entropy=True,
+        overwrite_logits=overwrite_logits,
+        impl=implementation,
+        group=group,
+    )
     return batch.loss(logps, entropy, sequences)
 
 

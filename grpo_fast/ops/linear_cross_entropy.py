@@ -13,6 +13,7 @@ from grpo_fast.ops._checks import FLOATS, IDS, Shapes, check_choice, check_logit
 from grpo_fast.ops._chunks import check_workspace, wanted
 from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss
 from grpo_fast.ops._token_loss import term_options
+from grpo_fast.ops._vocabulary_parallel import local_shards
 from grpo_fast.ops.linear_selective_log_softmax import as_rows, check_head, linear_logps, most_precise
 
 #: With advantage 1 and a ratio of 1, the term is -logp.
@@ -37,6 +38,7 @@ def linear_cross_entropy(
     weight_grad_out: Tensor | None = None,
     workspace_bytes: int | None = None,
     allow_sync: bool = True,
+    process_group: torch.distributed.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Cross entropy of the logits ``hidden @ weight.T + bias``, which are computed in chunks and dropped.
@@ -56,6 +58,8 @@ def linear_cross_entropy(
         num_items_in_batch: With ``"mean"``, the number to divide by instead, a number or a 0-d tensor.
         temperature, logit_scale, softcap, impl: As in ``selective_log_softmax``.
         weight_grad_out, workspace_bytes, allow_sync: As in ``linear_grpo_loss``; the first needs a reduction.
+        process_group: ``weight`` and ``bias`` are this rank's shard of the vocabulary, as in
+            ``linear_selective_log_softmax``. There is then no sweep: it is that op, without ``label_smoothing``.
 
     Returns:
         A scalar, or (...,) with ``"none"``, in nats; float32, or float64 for float64 inputs.
@@ -64,9 +68,10 @@ def linear_cross_entropy(
         ValueError, TypeError: An argument is wrong; the message names it.
         RuntimeError: ``impl`` cannot run here.
     """
+    group, (weight, bias) = local_shards(process_group, 0, weight=weight, bias=bias)
     shapes = Shapes()
     token_dims = tuple(f"dim {i}" for i in range(hidden.dim() - 1)) if isinstance(hidden, Tensor) else ()
-    check_head(shapes, hidden, weight, bias, token_dims)
+    check_head(shapes, hidden, weight, bias, token_dims, group=group)
     shapes.check("labels", labels, token_dims, dtypes=IDS)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {ignore_index!r}, want an int")
@@ -78,7 +83,9 @@ def linear_cross_entropy(
     implementation = backend.choose("linear_cross_entropy", impl, most_precise(hidden, weight))
     if implementation != "torch" and label_smoothing and softcap is not None:
         raise ValueError(f"label_smoothing: got {label_smoothing} with a softcap, want 0 or impl='torch'")
-    in_one_sweep = implementation != "torch" and reduction != "none"
+    if group is not None and label_smoothing:
+        raise ValueError(f"label_smoothing: got {label_smoothing} with a process_group, want 0")
+    in_one_sweep = implementation != "torch" and group is None and reduction != "none"
     check_weight_grad_out(shapes, weight_grad_out, possible=in_one_sweep)
 
     mask = labels != ignore_index
@@ -86,7 +93,9 @@ def linear_cross_entropy(
     chunk_options: dict[str, Any] = dict(workspace_bytes=workspace, allow_sync=allow_sync, impl=implementation)
     chunk_options["label_smoothing"] = label_smoothing
     if not in_one_sweep:
-        logps, _ = linear_logps(hidden, weight, labels, bias=bias, mask=mask, **logits_options, **chunk_options)
+        logps, _ = linear_logps(
+            hidden, weight, labels, bias=bias, mask=mask, group=group, **logits_options, **chunk_options
+        )
         return reduce_tokens(-logps, mask, reduction, num_items_in_batch)
 
     mask = mask.reshape(-1)

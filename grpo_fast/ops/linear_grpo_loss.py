@@ -15,6 +15,7 @@ from grpo_fast.ops._chunks import check_workspace, wanted
 from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss, sum_rows
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
 from grpo_fast.ops._token_loss import name_results, term_options, threshold_tensor
+from grpo_fast.ops._vocabulary_parallel import local_shards
 from grpo_fast.ops.linear_selective_log_softmax import as_rows, check_head, linear_logps, most_precise
 from grpo_fast.reference import accumulation_dtype, token_weights
 
@@ -53,6 +54,7 @@ def linear_grpo_loss(
     weight_grad_out: Tensor | None = None,
     workspace_bytes: int | None = None,
     allow_sync: bool = True,
+    process_group: torch.distributed.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> GRPOLossOutput:
     """``grpo_loss`` of the logits ``hidden @ weight.T + bias``, which are computed in chunks and dropped.
@@ -89,6 +91,9 @@ def linear_grpo_loss(
             ``weight_grad_out`` is given. The ``"torch"`` implementation has chunks of its own.
         allow_sync: The host waits for the GPU to learn how many tokens count. If it may not, or while a CUDA graph is
             captured, every token is projected; the result is the same.
+        process_group: ``weight``, ``bias``, ``ref_weight`` and ``ref_bias`` are this rank's shards of the vocabulary,
+            as in ``linear_selective_log_softmax``; the other arguments and the results are the same on every rank of
+            the group. Every loss then takes the product more, in the backward, and there is no ``weight_grad_out``.
 
     Returns:
         ``GRPOLossOutput(loss, logps, entropy, metrics)``; the loss is differentiable in ``hidden``, ``weight`` and
@@ -116,15 +121,18 @@ def linear_grpo_loss(
         num_items_in_batch=num_items_in_batch,
         config=config,
     )
+    group, (weight, bias, ref_weight, ref_bias) = local_shards(
+        process_group, 0, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     shapes = Shapes()
-    check_head(shapes, hidden, weight, bias, batch.token_dims)
-    _check_reference(shapes, batch, ref_hidden, ref_weight, ref_bias)
+    check_head(shapes, hidden, weight, bias, batch.token_dims, group=group)
+    _check_reference(shapes, batch, ref_hidden, ref_weight, ref_bias, group)
     batch.check(shapes, ref_logps_follow=ref_hidden is not None)
     check_logits_options(temperature, logit_scale, softcap)
     check_choice("metrics", metrics, get_args(Metrics))
     workspace = check_workspace(workspace_bytes)
     implementation = backend.choose("linear_grpo_loss", impl, most_precise(hidden, weight))
-    fused = implementation != "torch" and batch.is_known_by_token()
+    fused = implementation != "torch" and group is None and batch.is_known_by_token()
     check_weight_grad_out(shapes, weight_grad_out, possible=fused)
 
     logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
@@ -134,7 +142,14 @@ def linear_grpo_loss(
         with torch.no_grad():
             mask = None if batch.counts_everything else batch.sequences(torch.float32).mask
             batch.ref_logps = linear_logps(
-                ref_hidden, ref_weight, completion_ids, bias=ref_bias, mask=mask, **logits_options, **chunk_options
+                ref_hidden,
+                ref_weight,
+                completion_ids,
+                bias=ref_bias,
+                mask=mask,
+                group=group,
+                **logits_options,
+                **chunk_options,
             )[0]
     if fused:
         return _fused(hidden, weight, bias, batch, metrics, weight_grad_out, logits_options, chunk_options)
@@ -151,6 +166,7 @@ def linear_grpo_loss(
         bias=bias,
         mask=None if batch.counts_everything and shown is sequences else shown.mask,
         return_entropy=True,
+        group=group,
         **logits_options,
         **chunk_options,
     )
@@ -231,7 +247,7 @@ def _flat(x: Tensor | None) -> Tensor | None:
 
 
 def _check_reference(
-    shapes: Shapes, batch: LossBatch, ref_hidden: object, ref_weight: object, ref_bias: object
+    shapes: Shapes, batch: LossBatch, ref_hidden: object, ref_weight: object, ref_bias: object, group: str | None
 ) -> None:
     """Check that the reference model's log-probs come from one place, and whole."""
     if ref_hidden is None:
@@ -243,4 +259,4 @@ def _check_reference(
         raise ValueError("ref_weight: got None with ref_hidden, want the reference model's head")
     if batch.ref_logps is not None:
         raise ValueError("ref_hidden: got one beside ref_logps, want only one of the two")
-    check_head(shapes, ref_hidden, ref_weight, ref_bias, batch.token_dims, of="ref_")
+    check_head(shapes, ref_hidden, ref_weight, ref_bias, batch.token_dims, of="ref_", group=group)

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
+from grpo_fast.ops._chunks import may_wait
 from grpo_fast.ops._library import gradient_buffer
 from grpo_fast.ops._row_kernels import row_kernels
+from grpo_fast.ops._vocabulary_parallel import (
+    local_shards,
+    merge_rows,
+    shard_index,
+    sharded_logps_ref,
+    upstream_in_shard,
+)
 from grpo_fast.reference import logps_and_entropy_ref
 
 
@@ -24,6 +32,7 @@ def selective_log_softmax(
     softcap: float | None = None,
     return_entropy: bool = False,
     overwrite_logits: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(z / temperature)[index], with z = softcap * tanh(logit_scale * logits / softcap).
@@ -38,6 +47,10 @@ def selective_log_softmax(
         return_entropy: Also return the entropy of each position in nats, differentiable.
         overwrite_logits: The backward writes the gradient over the logits instead of into a buffer as large, so there
             is no second backward. The ``"torch"`` implementation leaves them alone.
+        process_group: ``logits`` are this rank's shard of the vocabulary, a contiguous part in the order of the
+            ranks, of any size. The other arguments are the same on every rank, ``index`` in ids of the whole
+            vocabulary, and so are the results. A DTensor sharded on its last dimension brings its group along. The
+            ranks exchange 32 bytes a row, and, outside of a CUDA graph, the host waits for their sizes.
         impl: None, or an implementation by name.
 
     Returns:
@@ -47,28 +60,33 @@ def selective_log_softmax(
         ValueError, TypeError: An argument is wrong; the message names it.
         RuntimeError: ``impl`` cannot run here.
     """
+    group, (logits,) = local_shards(process_group, -1, logits=logits)
     shapes = Shapes()
     token_dims = tuple(f"dim {i}" for i in range(logits.dim() - 1)) if isinstance(logits, Tensor) else ()
     shapes.check("logits", logits, (*token_dims, "V"))
     shapes.check("index", index, token_dims, dtypes=IDS)
     shapes.optional("mask", mask, token_dims, dtypes=MASKS)
-    check_vocabulary(shapes.dims["V"])
+    check_vocabulary(shapes.dims["V"], group)
     check_logits_options(temperature, logit_scale, softcap)
-    implementation = backend.choose("selective_log_softmax", impl, logits)
-    if implementation == "torch":
-        logps, entropy = logps_and_entropy_ref(
-            logits, index, mask=mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap
-        )
-        return (logps, entropy) if return_entropy else logps
-    logps, entropy = fused_logps_and_entropy(
-        logits, index, mask, temperature, logit_scale, softcap, return_entropy, overwrite_logits, implementation
+    logps, entropy = logps_and_entropy(
+        logits,
+        index,
+        mask=mask,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        return_entropy=return_entropy,
+        overwrite_logits=overwrite_logits,
+        impl=backend.choose("selective_log_softmax", impl, logits),
+        group=group,
     )
     return (logps, entropy) if return_entropy else logps
 
 
-def fused_logps_and_entropy(
+def logps_and_entropy(
     logits: Tensor,
     index: Tensor,
+    *,
     mask: Tensor | None,
     temperature: float,
     logit_scale: float,
@@ -76,8 +94,16 @@ def fused_logps_and_entropy(
     return_entropy: bool,
     overwrite_logits: bool,
     impl: str,
+    group: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels, over arguments that are checked: (logps, entropy), the entropy empty unless asked for."""
+    """(logps, entropy) by ``impl``, over arguments that are checked; the entropy may be empty unless asked for."""
+    if group is not None:
+        index = shard_index(index, logits.size(-1), 0, False, may_wait(True, logits), group)
+    if impl == "torch":
+        options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+        if group is not None:
+            return sharded_logps_ref(logits, index, mask, group, **options)
+        return logps_and_entropy_ref(logits, index, mask=mask, **options)
     shape = index.shape
     # Rows are (B, T): any strides of these two are taken as they are, and a view is enough for (N, V) and (V,).
     rows = logits.reshape(-1, *logits.shape[-2:]) if logits.dim() > 2 else logits.reshape(1, -1, logits.size(-1))
@@ -85,7 +111,7 @@ def fused_logps_and_entropy(
     if mask is not None:
         mask = mask.reshape(rows.shape[:2]).bool().contiguous()
     logps, entropy, _, _ = _selective_log_softmax(
-        rows, index, mask, temperature, logit_scale, softcap, return_entropy, overwrite_logits, impl
+        rows, index, mask, temperature, logit_scale, softcap, return_entropy, overwrite_logits, impl, group
     )
     return logps.view(shape), entropy.view(shape) if return_entropy else entropy
 
@@ -101,11 +127,13 @@ def _selective_log_softmax(
     return_entropy: bool,
     overwrite_logits: bool,
     impl: str,
+    group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """With a ``group``, ``index`` is ``shard_index``'s, and the results are those of the whole vocabulary."""
     results: tuple[Tensor, Tensor, Tensor, Tensor] = row_kernels(impl).logps(
         logits, index, mask, temperature, logit_scale, softcap, return_entropy
     )
-    return results
+    return results if group is None else merge_rows(index, logits.size(-1), mask, *results, group)
 
 
 @_selective_log_softmax.register_fake
@@ -118,7 +146,7 @@ def _(
     softcap: float | None,
     return_entropy: bool,
     overwrite_logits: bool,
-    impl: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logps, shifts, totals = (logits.new_empty(index.shape, dtype=torch.float32) for _ in range(3))
     entropy = logits.new_empty(index.shape if return_entropy else (0,), dtype=torch.float32)
@@ -141,9 +169,12 @@ def _selective_log_softmax_backward(
     logit_scale: float,
     softcap: float | None,
     impl: str,
+    group: str | None,
 ) -> None:
     """Write the gradient of the logits into ``out``, which holds the logits where ``logits`` is None."""
     source = out if logits is None else logits
+    if group is not None:
+        entropy, d_logps, d_entropy = upstream_in_shard(index, source.size(-1), entropy, d_logps, d_entropy)
     row_kernels(impl).logps_backward(
         out,
         source,
@@ -162,12 +193,12 @@ def _selective_log_softmax_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, index, mask, *options, _, overwrite, impl = inputs
+    logits, index, mask, *options, _, overwrite, impl, group = inputs
     logps, entropy, shifts, totals = output
     ctx.mark_non_differentiable(shifts, totals)
     ctx.set_materialize_grads(False)  # an entropy that nothing depends on costs the backward nothing
     ctx.save_for_backward(logits, index, mask, logps, entropy, shifts, totals)
-    ctx.options, ctx.overwrite, ctx.impl = options, overwrite, impl
+    ctx.options, ctx.overwrite = (*options, impl, group), overwrite
 
 
 def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -185,9 +216,8 @@ def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: No
         torch.zeros_like(logps) if d_logps is None else d_logps.contiguous(),
         None if d_entropy is None else d_entropy.contiguous(),
         *ctx.options,
-        ctx.impl,
     )
-    return out, *[None] * 8
+    return out, *[None] * 9
 
 
 _selective_log_softmax.register_autograd(_backward, setup_context=_setup_context)
