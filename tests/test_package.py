@@ -24,6 +24,7 @@ ALLOWED = {
     "kernels": {"kernels"},
     "ops": {"ops", "backend", "config", "reference", "kernels", "cuda", ""},
     "train": {"train", "ops", "backend", "version", "benchmarks", ""},
+    "integrations": {"integrations", "ops", "config", "reference", "version", ""},
     "__init__": {"ops", "config", "version"},
 }
 

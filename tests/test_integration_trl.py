@@ -1,0 +1,416 @@
+"""TRL's trainers with grpo_fast inside: the same losses, metrics and weights, step by step, as TRL alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", minversion="1.16")
+
+from datasets import Dataset  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+from trl.trainer import utils  # noqa: E402
+
+from grpo_fast.integrations import _versions  # noqa: E402
+from grpo_fast.integrations.trl import FastGRPOTrainer, patch_trl, unpatch_trl  # noqa: E402
+
+VOCABULARY = ["<pad>", "<eos>", *"0123456789+="]
+PROMPTS = [f"{a}+{b}=" for a in range(4) for b in range(2)]
+SIZES = dict(vocab_size=len(VOCABULARY), hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+SPECIAL = dict(num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model and its tokenizer on disk, where TRL finds the reference model too."""
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**SIZES, **SPECIAL)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def patched() -> Iterator[None]:
+    patch_trl()
+    yield
+    unpatch_trl()
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Something that differs within a group and can be learned."""
+    return [float(sum(ids) % 5) for ids in completion_ids]
+
+
+def common(folder: Path) -> dict[str, Any]:
+    return dict(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=20,
+        learning_rate=5e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+
+
+def make_trainer(cls: type, folder: Path, tokenizer: Any, model: Any = None, **options: Any) -> Any:
+    peft_config = options.pop("peft_config", None)
+    args = dict(max_completion_length=5, num_generations=4, num_iterations=3, model_init_kwargs={"dtype": "float32"})
+    return cls(
+        model=str(folder) if model is None else model,
+        reward_funcs=reward,
+        args=trl.GRPOConfig(**{**common(folder), **args, **options}),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def assert_same_runs(theirs: Any, ours: Any) -> None:
+    """Train both; every number of the logs agrees to 1e-4, every weight to 1e-4, and the weights have moved."""
+    start = {name: p.detach().clone() for name, p in theirs.model.named_parameters() if p.requires_grad}
+    for trainer in (theirs, ours):
+        torch.manual_seed(0)  # of the samples
+        trainer.train()
+    assert len(theirs.state.log_history) == len(ours.state.log_history) > 10
+    for one, other in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            if not any(word in name for word in ("time", "runtime", "per_second", "profiling")):
+                assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-4, nan_ok=True), name
+    weights = dict(ours.model.named_parameters())
+    assert max((p - start[name]).abs().max() for name, p in weights.items() if name in start) > 1e-3
+    for name, p in theirs.model.named_parameters():
+        torch.testing.assert_close(weights[name], p, rtol=1e-4, atol=1e-4)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "grpo": dict(loss_type="grpo", beta=0.1, temperature=0.7),
+    "bnpo": dict(loss_type="bnpo", delta=1.3, epsilon=0.1, epsilon_high=0.2, beta=0.05, use_bias_correction_kl=False),
+    "dr_grpo": dict(loss_type="dr_grpo", entropy_coef=0.05, scale_rewards="none", gradient_checkpointing=False),
+    "dapo": dict(loss_type="dapo", top_entropy_quantile=0.5, entropy_coef=0.02),
+    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=3e-3, epsilon_high=4e-3),
+    "cispo": dict(loss_type="cispo", epsilon_high=1.1, mask_truncated_completions=True),
+    "sapo": dict(loss_type="sapo", off_policy_mask_threshold=0.01, beta=0.1),
+    "vespo": dict(loss_type="vespo", vespo_k_pos=1.5),
+    "adaptive entropy": dict(use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=2.6),
+    "steps per generation": dict(steps_per_generation=4, eval_strategy="steps", eval_steps=6, entropy_coef=0.02),
+    "cast_lm_head_to_fp32": dict(cast_lm_head_to_fp32=True),
+}
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_grpo(options: dict[str, Any], folder: Path, tokenizer: Any) -> None:
+    assert_same_runs(*(make_trainer(cls, folder, tokenizer, **options) for cls in (trl.GRPOTrainer, FastGRPOTrainer)))
+
+
+def test_every_loss_type_runs() -> None:
+    documented = trl.GRPOConfig.__doc__.split("loss_type (`str`")[1].split("mask_truncated_completions")[0]
+    assert {options.get("loss_type", "dapo") for options in RUNS.values()} == set(
+        re.findall('- `"(.+)"`', documented)
+    )
+
+
+def test_lora(folder: Path, tokenizer: Any) -> None:
+    """The head is frozen, and the reference model is the policy without its adapter."""
+    peft = pytest.importorskip("peft")
+
+    def trainer(cls: type) -> Any:
+        lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+        return make_trainer(cls, folder, tokenizer, peft_config=lora, beta=0.1, learning_rate=2e-2)
+
+    ours = trainer(FastGRPOTrainer)
+    assert not ours.model.get_output_embeddings().weight.requires_grad
+    assert_same_runs(trainer(trl.GRPOTrainer), ours)
+
+
+def test_mixture_of_experts(folder: Path, tokenizer: Any) -> None:
+    def trainer(cls: type) -> Any:
+        torch.manual_seed(0)
+        config = MixtralConfig(**SIZES, **SPECIAL, num_local_experts=4, router_aux_loss_coef=0.1)
+        return make_trainer(cls, folder, tokenizer, MixtralForCausalLM(config), model_init_kwargs=None)
+
+    ours = trainer(FastGRPOTrainer)
+    assert_same_runs(trainer(trl.GRPOTrainer), ours)
+    assert ours.state.log_history[0]["aux_loss"] > 0.5
+
+
+B, P, T = 6, 3, 5
+
+
+def make_batch(ratio: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """What TRL's generation hands to its loss, with what only vLLM and tools bring."""
+    g = torch.Generator().manual_seed(0)
+    mask = (torch.arange(T) < torch.tensor([5, 3, 1, 5, 4, 2])[:, None]).long()
+    tool_mask = (torch.rand(B, T, generator=g) > 0.2).long()
+    tool_mask[:, 0] = 1
+    old = -2.6 + 0.3 * torch.randn(B, T, generator=g)
+    sampling = old + 0.3 * torch.randn(B, T, generator=g)
+    sampling[1, 1] = torch.nan  # a token that vLLM could not score
+    weights = (0.5 * torch.randn(*ratio, generator=g)).exp()
+    return {
+        "prompt_ids": torch.randint(2, len(VOCABULARY), (B, P), generator=g),
+        "prompt_mask": torch.ones(B, P, dtype=torch.long),
+        "completion_ids": torch.randint(2, len(VOCABULARY), (B, T), generator=g),
+        "completion_mask": mask,
+        "tool_mask": tool_mask,
+        "advantages": torch.randn(B, generator=g),
+        "old_per_token_logps": old,
+        "sampling_per_token_logps": sampling,
+        "ref_per_token_logps": -2.6 + 0.3 * torch.randn(B, T, generator=g),
+        "importance_sampling_ratio": torch.where(mask * tool_mask == 0, 1.0, weights) if ratio[1] > 1 else weights,
+        "num_items_in_batch": (mask * tool_mask).sum(),
+    }
+
+
+@pytest.mark.parametrize("per_token_advantages", [False, True])
+@pytest.mark.parametrize("ratio", [(B, T), (B, 1)], ids=["token ratios", "sequence ratios"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "vespo"])
+def test_what_vllm_and_tools_bring(
+    loss_type: str, ratio: tuple[int, int], per_token_advantages: bool, folder: Path, tokenizer: Any
+) -> None:
+    batch = make_batch(ratio)
+    if per_token_advantages:
+        batch["advantages"] = torch.randn(B, T, generator=torch.Generator().manual_seed(1))
+    options = dict(loss_type=loss_type, beta=0.1, off_policy_mask_threshold=0.05, gradient_checkpointing=False)
+    found = []
+    for cls in (trl.GRPOTrainer, FastGRPOTrainer):
+        trainer = make_trainer(cls, folder, tokenizer, **options)
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+        trainer.current_gradient_accumulation_steps = 2
+        trainer.model.train()
+        loss = trainer._compute_loss(trainer.model, dict(batch))
+        grads = torch.autograd.grad(loss, list(trainer.model.parameters()))
+        found.append((loss, grads, {name: values[-1] for name, values in trainer._metrics["train"].items()}))
+    (want, want_grads, want_metrics), (loss, grads, metrics) = found
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    assert metrics == pytest.approx(want_metrics, rel=1e-5, abs=1e-6)
+    for ours, theirs in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert max(g.abs().max() for g in grads) > 1e-3
+
+
+TWO_PROCESSES = """
+import json, sys, torch, trl
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+from test_integration_trl import make_trainer
+from grpo_fast.integrations.trl import FastGRPOTrainer
+folder = Path(sys.argv[1])
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+results = []
+for cls in (trl.GRPOTrainer, FastGRPOTrainer):
+    trainer = make_trainer(cls, folder, tokenizer, loss_type="dapo", top_entropy_quantile=0.5, entropy_coef=0.02,
+                           max_steps=4)
+    trainer.train()
+    logs = [{{k: v for k, v in log.items() if "time" not in k and "second" not in k and "profiling" not in k}}
+            for log in trainer.state.log_history]
+    results.append((logs, [p.double().sum().item() for p in trainer.model.parameters()]))
+if trainer.accelerator.is_main_process:
+    assert trainer.accelerator.num_processes == 2
+    (folder / "ranks.json").write_text(json.dumps(results))
+"""
+
+
+def test_two_processes(folder: Path, tmp_path: Path) -> None:
+    """Under DDP: normalizers, thresholds and metrics are of both ranks' tokens."""
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, str(script), str(folder)], check=True, timeout=300, capture_output=True)
+    (logs, weights), (our_logs, our_weights) = json.loads((folder / "ranks.json").read_text())
+    for one, other in zip(logs, our_logs, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
+    assert our_weights == pytest.approx(weights, rel=1e-4, abs=1e-4)
+
+
+# What is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(loss_type="cispo", delta=1.5), "delta: got 1.5 with loss_type='cispo'"),
+        (dict(loss_type="no such"), "loss_type: got 'no such'"),
+        (dict(importance_sampling_level="word"), "importance_sampling_level: got 'word'"),
+        (dict(epsilon=1.5), "epsilon_low: got 1.5"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_refused_options(options: dict[str, Any], message: str, folder: Path, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(FastGRPOTrainer, folder, tokenizer, **options)
+
+
+def test_a_head_that_is_more_than_linear_is_refused(folder: Path, tokenizer: Any) -> None:
+    class Quantized(torch.nn.Linear):
+        pass
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.lm_head.__class__ = Quantized
+    with pytest.raises(ValueError, match=r"model: the head of LlamaForCausalLM is a .*Quantized"):
+        make_trainer(FastGRPOTrainer, folder, tokenizer, model)
+    model.lm_head.__class__ = torch.nn.Linear
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output.square())
+    with pytest.raises(ValueError, match="model: LlamaForCausalLM has more than a scale and a softcap"):
+        make_trainer(FastGRPOTrainer, folder, tokenizer, model)
+
+
+def test_a_processor_is_refused(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trl.GRPOTrainer.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        self._is_vlm = True
+
+    monkeypatch.setattr(trl.GRPOTrainer, "__init__", init)
+    with pytest.raises(ValueError, match="processing_class: got a processor"):
+        make_trainer(FastGRPOTrainer, folder, tokenizer)
+
+
+def test_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("1.15.3", "1.17.0", "2.0.0.dev0"):
+        monkeypatch.setattr(_versions.importlib.metadata, "version", lambda _, version=version: version)
+        with pytest.raises(ImportError, match=rf"trl {version} is installed; .* supports trl>=1.16,<1.17"):
+            _versions.require("trl", oldest="1.16", below="1.17")
+    monkeypatch.undo()
+    with pytest.raises(ImportError, match="no-such is not installed"):
+        _versions.require("no-such", oldest="1.0", below="2.0")
+
+
+def test_every_option_is_accounted_for() -> None:
+    """An option that TRL adds is either of the loss, and then ours to honour, or of what we leave to TRL."""
+    of_the_loss = {
+        *("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "beta"),
+        *("use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg"),
+        *("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"),
+        *("off_policy_mask_threshold", "top_entropy_quantile", "max_completion_length", "temperature"),
+        *("entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
+        *("entropy_target", "router_aux_loss_coef", "cast_lm_head_to_fp32", "steps_per_generation"),
+    }
+    of_trl = {
+        *("model_init_kwargs", "trust_remote_code", "disable_dropout", "num_generations", "num_generations_eval"),
+        *("ds3_gather_for_generation", "shuffle_dataset", "pad_to_multiple_of", "generation_batch_size"),
+        *("top_p", "top_k", "min_p", "generation_kwargs", "chat_template_kwargs", "repetition_penalty"),
+        *("cache_implementation", "use_vllm", "num_iterations", "reward_weights", "multi_objective_aggregation"),
+        *("scale_rewards", "mask_truncated_completions", "sync_ref_model", "ref_model_mixup_alpha"),
+        *("ref_model_sync_steps", "max_tool_calling_iterations", "log_completions", "log_multimodal"),
+        *("num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
+        *("use_transformers_continuous_batching", "transformers_continuous_batching_config"),
+        "use_transformers_paged",
+    }
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    names = {field.name for field in dataclasses.fields(trl.GRPOConfig)} - inherited
+    assert {name for name in names if not name.startswith("vllm_")} == of_the_loss | of_trl
+
+
+# The other trainers ----------------------------------------------------------------------------------------------
+
+
+def make_sft(folder: Path, tokenizer: Any) -> Any:
+    return trl.SFTTrainer(
+        model=str(folder),
+        args=trl.SFTConfig(**common(folder), model_init_kwargs={"dtype": "float32"}),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS, "completion": [f"{i}" for i in range(len(PROMPTS))]}),
+        processing_class=tokenizer,
+    )
+
+
+def make_dpo(folder: Path, tokenizer: Any) -> Any:
+    numbers = range(len(PROMPTS))
+    columns = {"prompt": PROMPTS, "chosen": [f"{i}" for i in numbers], "rejected": [f"{i}0" for i in numbers]}
+    return trl.DPOTrainer(
+        model=str(folder),
+        args=trl.DPOConfig(**common(folder), model_init_kwargs={"dtype": "float32"}),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+    )
+
+
+def make_rloo(folder: Path, tokenizer: Any) -> Any:
+    options = dict(max_completion_length=5, num_generations=4, num_iterations=3, beta=0.05)
+    return trl.RLOOTrainer(
+        model=str(folder),
+        reward_funcs=reward,
+        args=trl.RLOOConfig(**common(folder), **options, model_init_kwargs={"dtype": "float32"}),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("make", [make_sft, make_dpo, make_rloo])
+def test_patched_trainers(make: Any, folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = make(folder, tokenizer)
+    theirs_train, calls = theirs.train, []
+    monkeypatch.setattr(theirs, "train", lambda: (unpatch_trl(), theirs_train(), patch_trl()))
+    op = patch_trl.__globals__["linear_selective_log_softmax"]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return op(*args, **kwargs)
+
+    monkeypatch.setitem(patch_trl.__globals__, "linear_selective_log_softmax", counted)
+    try:
+        assert_same_runs(theirs, make(folder, tokenizer))
+    finally:
+        unpatch_trl()
+    assert len(calls) >= 12
+
+
+def test_all_outputs_of_the_patched_function(patched: None) -> None:
+    g = torch.Generator().manual_seed(0)
+    arguments = [torch.randn(shape, generator=g, requires_grad=True) for shape in ((9, 8), (33, 8), (33,))]
+    targets = torch.randint(0, 33, (9,), generator=g)
+    results = []
+    for function in (trl.kernels.ChunkedLogProbFunction, utils._ChunkedLogProbFunction):
+        outputs = function.apply(*arguments, targets, 0.7, 16, 2.0, 1.3)
+        loss = (outputs[0] * torch.arange(9)).sum() + (outputs[1] * torch.arange(9)).sum()
+        results.append([*outputs, *torch.autograd.grad(loss, arguments)])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_patching_is_idempotent_and_undone() -> None:
+    original = utils._ChunkedLogProbFunction
+    for _ in range(2):
+        patch_trl(impl="torch")
+    assert utils._ChunkedLogProbFunction is not original
+    for _ in range(2):
+        unpatch_trl()
+    assert utils._ChunkedLogProbFunction is original
+
+
+def test_importing_grpo_fast_imports_no_other_library() -> None:
+    code = "import sys, grpo_fast; assert not {'trl', 'transformers', 'verl'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
