@@ -229,7 +229,7 @@ def test_the_registered_op(impl: str, masked: bool) -> None:
     """Schema, fake implementation and autograd registration, by torch's own checker."""
     mask = torch.ones(B, T, dtype=torch.bool, device=DEVICE) if masked else None
     logits = rand(B, T, 40, seed=14).requires_grad_()
-    arguments = (logits, ids(B, T, vocabulary=40), mask, 1.0, 1.0, None, True, False, impl)
+    arguments = (logits, ids(B, T, vocabulary=40), mask, 1.0, 1.0, None, True, False, impl, None)
     torch.library.opcheck(_selective_log_softmax, arguments)
 
 
