@@ -147,6 +147,16 @@ cudaError_t log_probs_rows(const Rows& rows, const Layout& layout, const LogProb
 cudaError_t log_probs_gradient(const Rows& rows, const LogProbs& results, const float* d_logps,
                                const float* d_entropies, cudaStream_t stream);
 
+// How many clusters of blocks share a row of `linear_log_probs`; its partials are for as many times `count`.
+int linear_log_probs_lanes(int count, int multiprocessors);
+
+// Log-probs and the rest from hidden states (count, H) and the head (V, H), both half precision; rows begin at
+// multiples of 16 bytes. `bias` (V,) may be null.
+cudaError_t linear_log_probs(const Values& hidden, int64_t hidden_stride, const Values& weight, int64_t weight_stride,
+                             int count, int V, int H, const Values& ids, const float* bias, const LogitOptions& options,
+                             int lanes, int multiprocessors, float4* partials, const LogProbs& results,
+                             cudaStream_t stream);
+
 // Multiply rows in place by a scalar on the device; by 1 nothing is touched.
 cudaError_t scale_gradient(void* gradient, DType dtype, int64_t stride_b, int64_t stride_t, int count, int T, int V,
                            const float* factor, cudaStream_t stream);

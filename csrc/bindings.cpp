@@ -220,6 +220,37 @@ PYBIND11_MODULE(_C, m) {
       py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("kept"), py::arg("logps"),
       py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
 
+  m.def("linear_log_probs_lanes", &gf::linear_log_probs_lanes, py::arg("count"), py::arg("multiprocessors"));
+
+  m.def(
+      "linear_log_probs",
+      [](int device, Address stream, Tensor hidden, std::int64_t hidden_stride, Tensor weight,
+         std::int64_t weight_stride, int count, int V, int H, Tensor ids, Address bias, bool has_softcap, float slope,
+         float cap, float cap_in, int lanes, int multiprocessors, Address partials, Address logps, Address entropies,
+         Address shifts, Address totals) -> int {
+        want(is_half(values(hidden).dtype), "hidden's dtype", hidden.second, "1 (bfloat16) or 2 (float16)");
+        want(weight.second == hidden.second, "weight's dtype", weight.second, "that of hidden");
+        want(hidden.first % 16 == 0 && hidden_stride % 8 == 0, "hidden's stride", hidden_stride,
+             "rows at multiples of 16 bytes");
+        want(weight.first % 16 == 0 && weight_stride % 8 == 0, "weight's stride", weight_stride,
+             "rows at multiples of 16 bytes");
+        want(count >= 1, "count", count, "1 or more rows");
+        want(lanes >= 1, "lanes", lanes, "1 or more");
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return code(on.error());
+        return code(gf::linear_log_probs(
+            values(hidden), hidden_stride, values(weight), weight_stride, count, V, H, values(ids),
+            pointer<const float>(bias), {has_softcap, slope, cap, cap_in}, lanes, multiprocessors,
+            pointer<float4>(partials),
+            {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
+            stream_of(stream)));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("hidden"), py::arg("hidden_stride"), py::arg("weight"),
+      py::arg("weight_stride"), py::arg("count"), py::arg("V"), py::arg("H"), py::arg("ids"), py::arg("bias"),
+      py::arg("has_softcap"), py::arg("slope"), py::arg("cap"), py::arg("cap_in"), py::arg("lanes"),
+      py::arg("multiprocessors"), py::arg("partials"), py::arg("logps"), py::arg("entropies"), py::arg("shifts"),
+      py::arg("totals"));
+
   m.def(
       "log_probs_gradient",
       [](int device, Address stream, gf::Rows rows, Address kept, Address logps, Address entropies, Address shifts,

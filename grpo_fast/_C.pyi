@@ -116,6 +116,32 @@ def log_probs(
     shifts: int,
     totals: int,
 ) -> int: ...
+def linear_log_probs_lanes(count: int, multiprocessors: int) -> int: ...
+def linear_log_probs(
+    *,
+    device: int,
+    stream: int,
+    hidden: _Tensor,
+    hidden_stride: int,
+    weight: _Tensor,
+    weight_stride: int,
+    count: int,
+    V: int,
+    H: int,
+    ids: _Tensor,
+    bias: int,
+    has_softcap: bool,
+    slope: float,
+    cap: float,
+    cap_in: float,
+    lanes: int,
+    multiprocessors: int,
+    partials: int,
+    logps: int,
+    entropies: int,
+    shifts: int,
+    totals: int,
+) -> int: ...
 def log_probs_gradient(
     *,
     device: int,

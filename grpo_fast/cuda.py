@@ -302,12 +302,72 @@ def _in_place_of_another_dtype(out: Tensor, logits: Tensor) -> bool:
     return out.dtype != logits.dtype and out.numel() > 0 and out.data_ptr() == logits.data_ptr()
 
 
+def has_linear_logps(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear_logps_fwd`` takes these: half precision on Hopper, whose matrix instructions it is made of."""
+    properties = torch.cuda.get_device_properties(hidden.device)
+    hopper = (properties.major, properties.minor) == (9, 0) and "90a" in _C.architectures.split()
+    half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+    aligned = all(x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
+    return hopper and half and aligned
+
+
+def linear_logps_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logps, entropies, shifts, totals), (N,) each, of ``hidden`` (N, H) and ``weight`` (V, H), without logits.
+
+    Raises:
+        RuntimeError: A kernel was not launched.
+    """
+    N, H = hidden.shape
+    logps, shifts, totals = hidden.new_empty(3, N, dtype=torch.float32).unbind()
+    entropies = torch.empty_like(logps) if return_entropy else logps.new_empty(0)
+    bias = None if bias is None else bias.float()
+    device = hidden.device.index
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    lanes = _C.linear_log_probs_lanes(N, multiprocessors)
+    partials = logps.new_empty(lanes, N, 4)
+    error = _C.linear_log_probs(
+        device=device,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+        hidden=_values(hidden),
+        hidden_stride=hidden.stride(0),
+        weight=_values(weight),
+        weight_stride=weight.stride(0),
+        count=N,
+        V=weight.size(0),
+        H=H,
+        ids=_values(index),
+        bias=_address(bias),
+        **_logit_options(temperature, logit_scale, softcap),
+        lanes=lanes,
+        multiprocessors=multiprocessors,
+        partials=partials.data_ptr(),
+        logps=logps.data_ptr(),
+        entropies=entropies.data_ptr() if return_entropy else 0,
+        shifts=shifts.data_ptr(),
+        totals=totals.data_ptr(),
+    )
+    _check(error, "linear_selective_log_softmax", hidden)
+    return logps, entropies, shifts, totals
+
+
+def _logit_options(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, Any]:
+    if softcap is None:
+        return {"has_softcap": False, "slope": logit_scale / temperature, "cap": 1.0, "cap_in": 1.0}
+    return {"has_softcap": True, "slope": 1.0 / temperature, "cap": softcap, "cap_in": logit_scale / softcap}
+
+
 def _rows(
     logits: Tensor, out: Tensor | None, ids: Tensor, temperature: float, logit_scale: float, softcap: float | None
 ) -> _C.Rows:
-    options: dict[str, Any] = {"slope": logit_scale / temperature, "cap": 1.0, "cap_in": 1.0}
-    if softcap is not None:
-        options = {"slope": 1.0 / temperature, "cap": softcap, "cap_in": logit_scale / softcap}
     return _C.Rows(
         logits=_values(logits),
         strides=logits.stride()[:2],
@@ -317,8 +377,7 @@ def _rows(
         T=logits.size(1),
         V=logits.size(2),
         ids=_values(ids),
-        has_softcap=softcap is not None,
-        **options,
+        **_logit_options(temperature, logit_scale, softcap),
     )
 
 

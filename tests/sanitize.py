@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
+from grpo_fast import GRPOLossConfig, grpo_loss, linear_selective_log_softmax, selective_log_softmax
 
 B = 2
 # A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice.
@@ -56,8 +56,21 @@ def main() -> None:
                 torch.stack(list(results)).sum().backward()
                 assert x.grad is not None
                 assert x.grad.isfinite().all()
+    from_hidden_states()
     torch.cuda.synchronize()
     print("done")
+
+
+def from_hidden_states() -> None:
+    """Log-probs without logits: more than one share of the words for a cluster, and ends within a tile."""
+    for count, vocabulary, size in ((3, 7, 8), (700, 5_001, 200), (300, 60_000, 64)):
+        hidden = torch.randn(count, size, device="cuda").bfloat16()
+        weight = torch.randn(vocabulary, size, device="cuda").bfloat16()
+        bias = torch.randn(vocabulary, device="cuda")
+        index = torch.randint(0, vocabulary, (count,), device="cuda")
+        for options in ({}, {"bias": bias}, {"softcap": 30.0}, {"bias": bias, "softcap": 30.0}):
+            found = linear_selective_log_softmax(hidden, weight, index, return_entropy=True, impl="cuda", **options)
+            assert torch.stack(list(found)).isfinite().all()
 
 
 if __name__ == "__main__":

@@ -131,6 +131,33 @@ def may_wait(allow_sync: bool, x: Tensor) -> bool:
     return allow_sync and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
+class HiddenRows:
+    """Rows of hidden states (B, T, H), in the order of ``rows`` and in the precision of a product.
+
+    Rows that do not count are 0, whatever they hold.
+    """
+
+    def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype) -> None:
+        self._hidden, self._rows, self._dtype = hidden, rows, dtype
+        # Where sequences follow each other without a gap, rows are a view.
+        follow = hidden.size(0) == 1 or hidden.stride(0) == hidden.size(1) * hidden.stride(1)
+        self._flat = hidden.flatten(0, 1) if follow else None
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """(n, H)"""
+        numbers = None if self._rows.index is None else self._rows.index[part]
+        if self._flat is not None:
+            x = self._flat[part] if numbers is None else self._flat.index_select(0, numbers)
+        else:
+            if numbers is None:
+                numbers = torch.arange(part.start, part.stop, device=self._hidden.device)
+            T = self._hidden.size(1)
+            x = self._hidden[numbers // T, numbers % T]
+        if self._rows.mask is not None:
+            x = torch.where(self._rows.mask[part, None], x, 0.0)
+        return x.to(self._dtype)
+
+
 # The head --------------------------------------------------------------------------------------------------------
 
 
@@ -174,9 +201,7 @@ class ChunkedHead:
         self.dtype = torch.promote_types(hidden.dtype, weight.dtype)
         self._hidden, self._bias = hidden, bias
         self._weight = weight.to(self.dtype)
-        # Where sequences follow each other without a gap, rows are a view.
-        follow = hidden.size(0) == 1 or hidden.stride(0) == hidden.size(1) * hidden.stride(1)
-        self._flat = hidden.flatten(0, 1) if follow else None
+        self._states = HiddenRows(hidden, rows, self.dtype)
 
         # Rows begin at multiples of 16 bytes, whatever V is.
         width = -(-V // 8) * 8
@@ -219,15 +244,15 @@ class ChunkedHead:
     def chunks(self) -> Iterator[tuple[slice, bool]]:
         """Consecutive rows whose logits fit the workspace; and whether they get a gradient."""
         for section, live in self._sections():
-            self._section, self._x = section, self._rows_of_hidden(section)
-            for chunk in _steps(section, self._chunk_rows):
+            self._section, self._x = section, self._states[section]
+            for chunk in steps(section, self._chunk_rows):
                 yield chunk, live
 
     def _sections(self) -> Iterator[tuple[slice, bool]]:
         live = self.rows.live
-        for section in _steps(slice(0, live), _even(live, self._section_rows)):
+        for section in steps(slice(0, live), _even(live, self._section_rows)):
             yield section, True
-        for section in _steps(slice(live, self.rows.total), self._chunk_rows):
+        for section in steps(slice(live, self.rows.total), self._chunk_rows):
             yield section, False
 
     def _within_section(self, rows: slice) -> slice:
@@ -306,20 +331,6 @@ class ChunkedHead:
             d_bias = self._d_bias.to(gradient_dtype(self._bias))
         return d_hidden, d_weight, d_bias
 
-    def _rows_of_hidden(self, rows: slice) -> Tensor:
-        """(n, H) in the precision of the product; rows that do not count as 0, whatever they hold."""
-        numbers = None if self.rows.index is None else self.rows.index[rows]
-        if self._flat is not None:
-            x = self._flat[rows] if numbers is None else self._flat.index_select(0, numbers)
-        else:
-            if numbers is None:
-                numbers = torch.arange(rows.start, rows.stop, device=self._hidden.device)
-            T = self._hidden.size(1)
-            x = self._hidden[numbers // T, numbers % T]
-        if self.rows.mask is not None:
-            x = torch.where(self.rows.mask[rows, None], x, 0.0)
-        return x.to(self.dtype)
-
 
 def _length(rows: slice) -> int:
     return int(rows.stop - rows.start)
@@ -337,7 +348,8 @@ def _even(rows: int, most: int) -> int:
     return max(min(-(-even // TILE_ROWS) * TILE_ROWS, most), 1)
 
 
-def _steps(rows: slice, size: int) -> Iterator[slice]:
+def steps(rows: slice, size: int) -> Iterator[slice]:
+    """``rows`` in parts of so many."""
     for start in range(rows.start, rows.stop, size):
         yield slice(start, min(start + size, rows.stop))
 

@@ -6,6 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
+class LinearLogps(NamedTuple):
+    """Log-probs from hidden states, without logits."""
+
+    takes: Callable[..., bool]  # (hidden, weight)
+    forward: Callable[..., Any]
+
+
 class RowKernels(NamedTuple):
     """Each as documented where it is defined for Triton."""
 
@@ -14,6 +21,7 @@ class RowKernels(NamedTuple):
     logps: Callable[..., Any]  # log-probs and entropy
     logps_backward: Callable[..., Any]  # the gradient of the logits from those of log-probs and entropy
     scale_gradient: Callable[..., Any]  # a gradient times a scalar that the host does not know
+    linear_logps: LinearLogps | None = None
 
 
 def row_kernels(impl: str) -> RowKernels:
@@ -27,6 +35,7 @@ def row_kernels(impl: str) -> RowKernels:
             cuda.selective_log_softmax_fwd,
             cuda.selective_log_softmax_bwd,
             cuda.scale_gradient,
+            LinearLogps(cuda.has_linear_logps, cuda.linear_logps_fwd),
         )
     assert impl == "triton", impl
     from grpo_fast.kernels._results import sum_rows

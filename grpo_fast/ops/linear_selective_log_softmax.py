@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
-from grpo_fast.ops._chunks import ChunkedHead, Needs, Rows, check_workspace, may_wait
+from grpo_fast.ops._chunks import ChunkedHead, HiddenRows, Needs, Rows, check_workspace, may_wait, steps
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._row_kernels import row_kernels
 from grpo_fast.ops._vocabulary_parallel import (
@@ -20,6 +21,10 @@ from grpo_fast.ops._vocabulary_parallel import (
     upstream_in_shard,
 )
 from grpo_fast.reference import linear_logps_ref
+
+#: Rows at a time where no logits are kept: so many that the end of a launch costs little, so few that a copy of their
+#: hidden states is small.
+PASSING_ROWS = 8192
 
 
 def linear_selective_log_softmax(
@@ -201,28 +206,39 @@ def _linear_logps(
     kernels = row_kernels(impl)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = Rows.choose(index.numel(), mask, None, gradient=False, wait=may_wait(allow_sync, hidden))
-        head = ChunkedHead(hidden, weight, bias, rows, Needs(False, False, False), workspace_bytes)
         ids = rows.take(index)
         results = weight.new_zeros(4, rows.total, dtype=torch.float32)
-        for part, _ in head.chunks():
-            logits = head.logits(part)
-            kept = None if rows.mask is None else rows.mask[part].unsqueeze(0)
-            found = kernels.logps(
-                logits.unsqueeze(0), ids[part].unsqueeze(0), kept, temperature, logit_scale, softcap, return_entropy
-            )
-            for result, values in zip(results, found, strict=True):
-                if values.numel() > 0:
-                    result[part] = values.squeeze(0)
-            if label_smoothing:
-                spread = above_mean(logits, as_address(ids[part], logits.size(1)))
-                spread *= label_smoothing * logit_scale / temperature
-                results[0, part] -= spread if kept is None else spread * kept.squeeze(0)
+        options = temperature, logit_scale, softcap, return_entropy
+        states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
+        fused = kernels.linear_logps
+        if fused is not None and not label_smoothing and fused.takes(states[slice(0, 1)], weight):
+            for part in steps(slice(0, rows.total), PASSING_ROWS):
+                found = fused.forward(states[part], weight, bias, ids[part], *options)
+                kept = None if rows.mask is None else rows.mask[part]
+                _put(results[:, part], [x if kept is None or x.numel() == 0 else x.where(kept, 0.0) for x in found])
+        else:
+            head = ChunkedHead(hidden, weight, bias, rows, Needs(False, False, False), workspace_bytes)
+            for part, _ in head.chunks():
+                logits = head.logits(part)
+                kept = None if rows.mask is None else rows.mask[part].unsqueeze(0)
+                _put(results[:, part], kernels.logps(logits.unsqueeze(0), ids[part].unsqueeze(0), kept, *options))
+                if label_smoothing:
+                    spread = above_mean(logits, as_address(ids[part], logits.size(1)))
+                    spread *= label_smoothing * logit_scale / temperature
+                    results[0, part] -= spread if kept is None else spread * kept.squeeze(0)
         logps, entropy, shifts, totals = (x.clone() for x in rows.spread(results))
         if group is not None:
             logps, entropy, shifts, totals = merge_rows(
                 index, weight.size(0), mask, logps, entropy, shifts, totals, group
             )
     return logps, entropy if return_entropy else entropy.new_empty(0), shifts, totals
+
+
+def _put(results: Tensor, found: Sequence[Tensor]) -> None:
+    """Into the rows of ``results`` what was found, but what is empty as nobody asked for it."""
+    for result, values in zip(results, found, strict=True):
+        if values.numel() > 0:
+            result.copy_(values.view(-1))
 
 
 @_linear_logps.register_fake

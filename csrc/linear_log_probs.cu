@@ -1,0 +1,317 @@
+// Log-probs of chosen tokens and entropy from hidden states: the logits of a matrix product that never leave registers.
+//
+// A block keeps 128 rows and walks over the vocabulary, 256 words at a time. In a block,
+//
+//   the loader     (one thread)       copies tiles of hidden states and of the head, 64 of the hidden size at a time,
+//                                     into a ring in shared memory; the two blocks of a cluster have the same words,
+//                                     and each copies half of them for both,
+//   the consumers  (2 warpgroups)     multiply them on the tensor cores, 64 rows each, and at the end of 256 words
+//                                     take the logits in their registers into their rows' statistics.
+//
+// While one warpgroup is with its statistics the other multiplies, as far apart as the ring allows. Clusters that share
+// rows have every n-th tile of words. A second kernel merges what they found.
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "api.h"
+#include "async.cuh"
+#include "row.cuh"
+#include "scalars.cuh"
+#include "wgmma.cuh"
+
+namespace grpo_fast {
+namespace {
+
+constexpr int kRows = 128;   // of a block
+constexpr int kWords = 256;  // of a tile
+constexpr int kDepth = 64;   // of the hidden size, in a stage of the ring: 128 bytes, the width of a tile's swizzle
+constexpr int kStages = 4;
+constexpr int kCluster = 2;
+constexpr uint16_t kAllBlocks = (1 << kCluster) - 1;
+constexpr int kBand = 8;  // pairs of blocks whose rows are done before the next: with as many words they stay in L2
+constexpr int kConsumers = 2;  // warpgroups, 64 rows each
+constexpr int kThreads = 128 * (kConsumers + 1);
+constexpr int kRowBytes = kRows * kDepth * 2, kWordBytes = kWords * kDepth * 2;
+constexpr int kStageBytes = kRowBytes + kWordBytes;
+constexpr int kSharedBytes = kStages * (kStageBytes + 2 * 8) + 1024;  // and what aligns it to the swizzle's period
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Far below kFloor, so that it adds nothing to a sum that has no other base yet, and finite.
+constexpr float kNowhere = -1e32f;
+
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+#endif
+
+struct Item {
+  int pair, lane;
+};
+
+struct Problem {
+  int count, V, H;
+  int pairs, lanes;  // of 256 rows, and how many clusters share each
+  Values ids;
+  const float* bias;  // null for none
+  LogitOptions options;
+  float4* partials;  // (lanes, count) statistics
+
+  // Items in an order in which those near each other share rows as well as words: a band of pairs at a time.
+  __device__ Item item(int i) const {
+    const int band = i / (kBand * lanes), first = band * kBand;
+    const int width = min(kBand, pairs - first);
+    i -= first * lanes;
+    return {first + i % width, i / width};
+  }
+};
+
+template <typename T, bool kSoftcap, bool kBias>
+__global__ void __launch_bounds__(kThreads, 1)
+    statistics_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
+                      const Problem problem) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ char memory[];
+  char* const stages = memory + (-shared_address(memory) & 1023);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
+  uint64_t* const empty = full + kStages;
+  const uint32_t rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&full[i], 1);
+      barrier_init(&empty[i], kConsumers * kCluster);
+    }
+    barrier_init_fence();
+  }
+  cluster_sync();
+
+  const int group = threadIdx.x / 128, clusters = gridDim.x / kCluster;
+  const int tiles = (problem.V + kWords - 1) / kWords, steps = (problem.H + kDepth - 1) / kDepth;
+  Ring ring;
+  if (group == kConsumers) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x % 128 == 0) {
+      for (int item = blockIdx.x / kCluster; item < problem.pairs * problem.lanes; item += clusters) {
+        const Item at = problem.item(item);
+        const int row = (at.pair * kCluster + static_cast<int>(rank)) * kRows;
+        for (int tile = at.lane; tile < tiles; tile += problem.lanes) {
+          const int word = tile * kWords + static_cast<int>(rank) * (kWords / kCluster);
+          for (int step = 0; step < steps; ++step, ring.next()) {
+            char* const stage = stages + ring.stage * kStageBytes;
+            barrier_wait(&empty[ring.stage], ring.parity ^ 1);
+            barrier_arrive_expect(&full[ring.stage], kStageBytes);
+            copy_tile(stage, &hidden, step * kDepth, row, &full[ring.stage]);
+            copy_tile_to_blocks(stage + kRowBytes + static_cast<int>(rank) * (kWordBytes / kCluster), &weight,
+                                step * kDepth, word, &full[ring.stage], kAllBlocks);
+          }
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const LogitOptions options = problem.options;
+    const float inner = options.slope * kLog2e;
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int first_row = group * 64 + thread / 32 * 16 + lane / 4;  // this thread's rows: + 0, 8
+    const int first_word = lane % 4 * 2;                             // its words: + 0, 1, 8, 9, 16, ...
+    const auto release = [&](int stage) {
+      if (thread < kCluster) barrier_arrive_at(&empty[stage], thread);
+    };
+    for (int item = blockIdx.x / kCluster; item < problem.pairs * problem.lanes; item += clusters) {
+      const Item at = problem.item(item);
+      const int row = (at.pair * kCluster + static_cast<int>(rank)) * kRows + first_row;
+      Statistics rows[2];
+      int64_t ids[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) ids[h] = row + 8 * h < problem.count ? integer(problem.ids, row + 8 * h) : -1;
+      for (int tile = at.lane; tile < tiles; tile += problem.lanes) {
+        float logits[128];
+        int previous = -1;
+        for (int step = 0; step < steps; ++step, ring.next()) {
+          const char* const stage = stages + ring.stage * kStageBytes;
+          barrier_wait(&full[ring.stage], ring.parity);
+          mma_fence();
+#pragma unroll
+          for (int k = 0; k < kDepth / 16; ++k) {
+            mma(logits, descriptor(stage + group * 64 * 128 + k * 32), descriptor(stage + kRowBytes + k * 32),
+                step + k > 0, T());
+          }
+          mma_commit();
+          if (previous >= 0) {
+            mma_wait<1>();
+            release(previous);
+          }
+          previous = ring.stage;
+        }
+        mma_wait<0>();
+        release(previous);
+
+        // Statistics. logits[4 j + 2 h + e]: pairs e of row h of a group of eight words j, as the units lay them.
+        const int word = tile * kWords + first_word;
+        const bool whole = tile * kWords + kWords <= problem.V;
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {  // 128 words of a row, for registers' sake
+          const int h = part / 2, first = word + part % 2 * 128;
+          float u[32];
+#pragma unroll
+          for (int i = 0; i < 32; ++i) {
+            float x = logits[part % 2 * 64 + i / 2 * 4 + 2 * h + i % 2];
+            const int column = first + i / 2 * 8 + i % 2;
+            if (kBias) x += whole || column < problem.V ? problem.bias[column] : 0.0f;
+            u[i] = capped<kSoftcap>(x, options);
+          }
+          if (!whole) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+              if (first + i / 2 * 8 + i % 2 >= problem.V) u[i] = kNowhere;
+            }
+          }
+          const int64_t place = ids[h] - first;
+          if (place >= 0 && place < 128 && place % 8 < 2) {
+            const int which = static_cast<int>(place / 8 * 2 + place % 8);
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+              if (i == which) rows[h].target = u[i], u[i] = kNowhere;
+            }
+          }
+          float top = u[0];
+#pragma unroll
+          for (int i = 1; i < 32; ++i) top = fmaxf(top, u[i]);
+          rows[h].reach(top, inner);
+          rows[h].template add<!kBias>(u, inner);
+        }
+      }
+      // Four threads have a row.
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        Statistics& mine = rows[h];
+        for (int across = 1; across < 4; across *= 2) {
+          mine.merge({__shfl_xor_sync(~0u, mine.base, across), __shfl_xor_sync(~0u, mine.sum, across),
+                      __shfl_xor_sync(~0u, mine.weighted, across), __shfl_xor_sync(~0u, mine.target, across)},
+                     inner);
+        }
+        const int n = row + 8 * h;
+        if (lane % 4 == 0 && n < problem.count) {
+          problem.partials[int64_t(at.lane) * problem.count + n] =
+              make_float4(mine.base, mine.sum, mine.weighted, mine.target);
+        }
+      }
+    }
+  }
+  cluster_sync();  // a block that is gone cannot be written to or arrived at
+#endif
+}
+
+__global__ void merge_kernel(const Problem problem, const LogProbs results) {
+  const int n = blockIdx.x * blockDim.x + threadIdx.x;
+  if (n >= problem.count) return;
+  const float inner = problem.options.slope * kLog2e;
+  Statistics rest;
+  for (int lane = 0; lane < problem.lanes; ++lane) {
+    const float4 part = problem.partials[int64_t(lane) * problem.count + n];
+    rest.merge({part.x, part.y, part.z, part.w}, inner);
+  }
+  const int64_t id = integer(problem.ids, n);
+  const Softmax row = Softmax::from(rest, id >= 0 && id < problem.V, problem.options);
+  results.logps[n] = row.logp;
+  results.shifts[n] = row.shift;
+  results.totals[n] = row.total;
+  if (results.entropies != nullptr) results.entropies[n] = row.entropy;
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found through the runtime so that nothing links to the driver.
+cudaError_t find_encode(Encode* encode) {
+  cudaDriverEntryPointQueryResult found;
+  void* address = nullptr;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &found);
+#endif
+  if (error != cudaSuccess) return error;
+  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  *encode = reinterpret_cast<Encode>(address);
+  return cudaSuccess;
+}
+
+// A matrix (rows, depth) of 2-byte elements, `stride` elements from row to row, to be copied in tiles of so many rows.
+cudaError_t describe(CUtensorMap* map, Encode encode, DType dtype, const void* data, int rows, int depth,
+                     int64_t stride, int tile_rows) {
+  const cuuint64_t sizes[2] = {cuuint64_t(depth), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride) * 2};
+  const cuuint32_t box[2] = {kDepth, cuuint32_t(tile_rows)}, steps[2] = {1, 1};
+  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult result =
+      encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <typename T>
+cudaError_t launch(const CUtensorMap& hidden, const CUtensorMap& weight, const Problem& problem, int blocks,
+                   cudaStream_t stream) {
+  const bool softcap = problem.options.has_softcap, bias = problem.bias != nullptr;
+  const auto kernel = softcap ? (bias ? statistics_kernel<T, true, true> : statistics_kernel<T, true, false>)
+                              : (bias ? statistics_kernel<T, false, true> : statistics_kernel<T, false, false>);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kCluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, hidden, weight, problem);
+}
+
+}  // namespace
+
+int linear_log_probs_lanes(int count, int multiprocessors) {
+  const int pairs = (count + kCluster * kRows - 1) / (kCluster * kRows), clusters = multiprocessors / kCluster;
+  // Every cluster has so many shares of the words; the fewest rounds, in units of a whole one, are best.
+  int best = 1;
+  double least = 1e30;
+  for (int lanes = 1; lanes <= clusters; ++lanes) {
+    const double rounds = double((pairs * lanes + clusters - 1) / clusters) / lanes;
+    if (rounds < least - 1e-9) best = lanes, least = rounds;
+  }
+  return best;
+}
+
+cudaError_t linear_log_probs(const Values& hidden, int64_t hidden_stride, const Values& weight, int64_t weight_stride,
+                             int count, int V, int H, const Values& ids, const float* bias, const LogitOptions& options,
+                             int lanes, int multiprocessors, float4* partials, const LogProbs& results,
+                             cudaStream_t stream) {
+  Encode encode;
+  cudaError_t error = find_encode(&encode);
+  if (error != cudaSuccess) return error;
+  CUtensorMap hidden_map, weight_map;
+  error = describe(&hidden_map, encode, hidden.dtype, hidden.data, count, H, hidden_stride, kRows);
+  if (error != cudaSuccess) return error;
+  error = describe(&weight_map, encode, weight.dtype, weight.data, V, H, weight_stride, kWords / kCluster);
+  if (error != cudaSuccess) return error;
+  const int pairs = (count + kCluster * kRows - 1) / (kCluster * kRows);
+  const Problem problem = {count, V, H, pairs, lanes, ids, bias, options, partials};
+  const int items = pairs * lanes, clusters = multiprocessors / kCluster;
+  const int blocks = kCluster * (items < clusters ? items : clusters);
+  error = hidden.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(hidden_map, weight_map, problem, blocks, stream)
+                                           : launch<__half>(hidden_map, weight_map, problem, blocks, stream);
+  if (error != cudaSuccess) return error;
+  merge_kernel<<<(count + 127) / 128, 128, 0, stream>>>(problem, results);
+  return cudaGetLastError();
+}
+
+}  // namespace grpo_fast
