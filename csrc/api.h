@@ -147,15 +147,45 @@ cudaError_t log_probs_rows(const Rows& rows, const Layout& layout, const LogProb
 cudaError_t log_probs_gradient(const Rows& rows, const LogProbs& results, const float* d_logps,
                                const float* d_entropies, cudaStream_t stream);
 
-// How many clusters of blocks share a row of `linear_log_probs`; its partials are for as many times `count`.
-int linear_log_probs_lanes(int count, int multiprocessors);
+// Hidden states and the head that makes logits of them, both of one half precision, whose rows begin at multiples of 16
+// bytes.
+struct Head {
+  Values hidden;  // (count, H)
+  int64_t hidden_stride;
+  Values weight;  // (V, H)
+  int64_t weight_stride;
+  const float* bias;  // (V,); null for none
+  int count, V, H;
+  Values ids;  // per row, the sampled tokens
+  LogitOptions options;
+  int multiprocessors;  // of the device
+};
 
-// Log-probs and the rest from hidden states (count, H) and the head (V, H), both half precision; rows begin at
-// multiples of 16 bytes. `bias` (V,) may be null.
-cudaError_t linear_log_probs(const Values& hidden, int64_t hidden_stride, const Values& weight, int64_t weight_stride,
-                             int count, int V, int H, const Values& ids, const float* bias, const LogitOptions& options,
-                             int lanes, int multiprocessors, float4* partials, const LogProbs& results,
-                             cudaStream_t stream);
+// How many clusters of blocks share a row of the product.
+int linear_lanes(int count, int multiprocessors);
+
+// exp2 of a row's logits less a base, in 16 bits each (exponential.cuh); then, in their place, the gradient. For
+// bfloat16, and rows without a softcap: they have no digits for more.
+struct Exponentials {
+  uint16_t* values;  // (count, V), at multiples of 16 bytes; null for none
+  int64_t stride;    // a multiple of 8, not less than V
+  float* bases;      // (count,)
+};
+
+// The product: each lane's statistics of each row, (lanes, count), and the exponentials.
+cudaError_t linear_statistics(const Head& head, const Exponentials& exponentials, float4* partials,
+                              cudaStream_t stream);
+
+// What follows from the statistics: log-probs, or the loss, and then the slopes of the gradient, (count,).
+cudaError_t linear_log_probs(const Head& head, const float4* partials, const LogProbs& results, cudaStream_t stream);
+cudaError_t linear_loss(const Head& head, const float4* partials, const LossOptions& options, const Plan& plan,
+                        const TokenInputs& inputs, const RowResults& results, float4* slopes, cudaStream_t stream);
+cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8_t* kept, const float* d_logps,
+                          const float* d_entropies, float4* slopes, cudaStream_t stream);
+
+// The gradient of the logits, in bfloat16, over the exponentials. `tilted`: entropies have one too.
+cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
+                            cudaStream_t stream);
 
 // Multiply rows in place by a scalar on the device; by 1 nothing is touched.
 cudaError_t scale_gradient(void* gradient, DType dtype, int64_t stride_b, int64_t stride_t, int count, int T, int V,

@@ -99,6 +99,71 @@ gf::Layout make_layout(int cluster, int consumers, int stages) {
   return {cluster, consumers, stages};
 }
 
+gf::Head make_head(Tensor hidden, std::int64_t hidden_stride, Tensor weight, std::int64_t weight_stride, Address bias,
+                   int count, int V, int H, Tensor ids, bool has_softcap, float slope, float cap, float cap_in,
+                   int multiprocessors) {
+  const char* const aligned = "rows at multiples of 16 bytes";
+  want(is_half(values(hidden).dtype), "hidden's dtype", hidden.second, "1 (bfloat16) or 2 (float16)");
+  want(weight.second == hidden.second, "weight's dtype", weight.second, "that of hidden");
+  want(hidden.first % 16 == 0 && hidden_stride % 8 == 0, "hidden's stride", hidden_stride, aligned);
+  want(weight.first % 16 == 0 && weight_stride % 8 == 0, "weight's stride", weight_stride, aligned);
+  want(values(ids).dtype == gf::DType::kInt32 || values(ids).dtype == gf::DType::kInt64, "ids' dtype", ids.second,
+       "6 (int32) or 7 (int64)");
+  want(count >= 1, "count", count, "1 or more rows");
+  want(V >= 2, "V", V, "2 or more");
+  want(H >= 1, "H", H, "1 or more");
+  want(multiprocessors >= 2, "multiprocessors", multiprocessors, "2 or more");
+  return {values(hidden),
+          hidden_stride,
+          values(weight),
+          weight_stride,
+          pointer<const float>(bias),
+          count,
+          V,
+          H,
+          values(ids),
+          {has_softcap, slope, cap, cap_in},
+          multiprocessors};
+}
+
+// A batch with its options, and where what is found of it goes.
+struct Loss {
+  gf::Batch batch;
+  gf::PlanInputs inputs;
+  gf::Plan plan;
+  gf::LossOptions options;
+  gf::TokenInputs tokens;
+  gf::RowResults results;
+
+  bool entropy_bonus() const { return inputs.entropy_coef != 0.0f; }
+};
+
+Loss make_loss(int count, int T, int N, Tensor mask, Tensor ends, Tensor entropy_mask, Tensor advantages,
+               bool per_token_advantages, Tensor rewards, int group_size, int scale_rewards, Tensor sampler_ratio,
+               bool per_token_sampler_ratio, int reduction, float divisor, Tensor num_items, Tensor token_weights,
+               float entropy_coef, Tensor entropy_items, Tensor old_logps, Tensor ref_logps, Tensor entropy_threshold,
+               int term, int kl_estimator, bool has_dual_clip, bool bias_correction, float low, float high, float delta,
+               float dual_clip, float beta, float tau_pos, float tau_neg, Address plan_values, Address kept,
+               Address zero_std, Address d_entropy, Address logps, Address entropies, Address losses, Address kls,
+               Address ratios, Address clips) {
+  want(rewards.first == 0 || group_size >= 1, "group_size", group_size, "1 or more with rewards");
+  const bool empty = N == 0;  // whose tensors have no address either
+  want(empty || rewards.first != 0 || advantages.first != 0, "advantages", 0, "their address, or rewards");
+  want(empty || kl_estimator == gf::kNoKL || ref_logps.first != 0, "ref_logps", 0, "their address with a KL term");
+  float* by_token = pointer<float>(plan_values);  // (3, N)
+  float* ratio = sampler_ratio.first == 0 ? nullptr : by_token + std::int64_t(2) * N;
+  return {
+      {count, T, N, values(mask), values(ends), values(entropy_mask)},
+      {values(advantages), per_token_advantages, values(rewards), group_size, scale_rewards, values(sampler_ratio),
+       per_token_sampler_ratio, reduction, divisor, values(num_items), values(token_weights), entropy_coef,
+       values(entropy_items)},
+      {by_token, by_token + N, ratio, pointer<std::uint8_t>(kept), pointer<float>(zero_std), pointer<float>(d_entropy)},
+      {term, kl_estimator, has_dual_clip, bias_correction, low, high, delta, dual_clip, beta, tau_pos, tau_neg},
+      {values(old_logps), values(ref_logps), values(entropy_mask), values(entropy_threshold)},
+      {pointer<float>(logps), pointer<float>(entropies), pointer<float>(losses),
+       kl_estimator == gf::kNoKL ? nullptr : pointer<float>(kls), pointer<float>(ratios), pointer<float>(clips)}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -120,67 +185,29 @@ PYBIND11_MODULE(_C, m) {
                                       py::arg("ids"), py::arg("has_softcap"), py::arg("slope"), py::arg("cap"),
                                       py::arg("cap_in"));
 
+  py::class_<Loss>(m, "Loss").def(
+      py::init(&make_loss), py::arg("count"), py::arg("T"), py::arg("N"), py::arg("mask"), py::arg("ends"),
+      py::arg("entropy_mask"), py::arg("advantages"), py::arg("per_token_advantages"), py::arg("rewards"),
+      py::arg("group_size"), py::arg("scale_rewards"), py::arg("sampler_ratio"), py::arg("per_token_sampler_ratio"),
+      py::arg("reduction"), py::arg("divisor"), py::arg("num_items"), py::arg("token_weights"), py::arg("entropy_coef"),
+      py::arg("entropy_items"), py::arg("old_logps"), py::arg("ref_logps"), py::arg("entropy_threshold"),
+      py::arg("term"), py::arg("kl_estimator"), py::arg("has_dual_clip"), py::arg("bias_correction"), py::arg("low"),
+      py::arg("high"), py::arg("delta"), py::arg("dual_clip"), py::arg("beta"), py::arg("tau_pos"), py::arg("tau_neg"),
+      py::arg("plan_values"), py::arg("kept"), py::arg("zero_std"), py::arg("d_entropy"), py::arg("logps"),
+      py::arg("entropies"), py::arg("losses"), py::arg("kls"), py::arg("ratios"), py::arg("clips"));
+
   m.def(
       "grpo_loss_rows",
-      [](int device, Address stream, gf::Rows rows, const gf::Layout& layout, int count, Tensor mask, Tensor ends,
-         Tensor entropy_mask, Tensor advantages, bool per_token_advantages, Tensor rewards, int group_size,
-         int scale_rewards, Tensor sampler_ratio, bool per_token_sampler_ratio, int reduction, float divisor,
-         Tensor num_items, Tensor token_weights, float entropy_coef, Tensor entropy_items, Tensor old_logps,
-         Tensor ref_logps, Tensor entropy_threshold, int term, int kl_estimator, bool has_dual_clip,
-         bool bias_correction, float low, float high, float delta, float dual_clip, float beta, float tau_pos,
-         float tau_neg, Address plan_values, Address kept, Address zero_std, Address d_entropy, Address logps,
-         Address entropies, Address losses, Address kls, Address ratios, Address clips) -> int {
-        want(rewards.first == 0 || group_size >= 1, "group_size", group_size, "1 or more with rewards");
-        const bool empty = rows.count == 0;  // whose tensors have no address either
-        want(empty || rewards.first != 0 || advantages.first != 0, "advantages", 0, "their address, or rewards");
-        want(empty || kl_estimator == gf::kNoKL || ref_logps.first != 0, "ref_logps", 0,
-             "their address with a KL term");
+      [](int device, Address stream, gf::Rows rows, const gf::Layout& layout, const Loss& loss) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
-        rows.kept = pointer<const std::uint8_t>(kept);
-        const gf::Batch batch = {count, rows.T, rows.count, values(mask), values(ends), values(entropy_mask)};
-        const gf::PlanInputs inputs = {values(advantages),
-                                       per_token_advantages,
-                                       values(rewards),
-                                       group_size,
-                                       scale_rewards,
-                                       values(sampler_ratio),
-                                       per_token_sampler_ratio,
-                                       reduction,
-                                       divisor,
-                                       values(num_items),
-                                       values(token_weights),
-                                       entropy_coef,
-                                       values(entropy_items)};
-        float* by_token = pointer<float>(plan_values);  // (3, N)
-        const gf::Plan plan = {by_token,
-                               by_token + rows.count,
-                               sampler_ratio.first == 0 ? nullptr : by_token + std::int64_t(2) * rows.count,
-                               pointer<std::uint8_t>(kept),
-                               pointer<float>(zero_std),
-                               pointer<float>(d_entropy)};
-        const gf::RowResults left = {pointer<float>(logps),  pointer<float>(entropies),
-                                     pointer<float>(losses), kl_estimator == gf::kNoKL ? nullptr : pointer<float>(kls),
-                                     pointer<float>(ratios), pointer<float>(clips)};
-        const gf::LossOptions options = {term,  kl_estimator, has_dual_clip, bias_correction, low,    high,
-                                         delta, dual_clip,    beta,          tau_pos,         tau_neg};
-        const gf::TokenInputs token_inputs = {values(old_logps), values(ref_logps), values(entropy_mask),
-                                              values(entropy_threshold)};
-        const cudaError_t error = gf::plan(batch, inputs, plan, stream_of(stream));
+        rows.kept = loss.plan.kept;
+        const cudaError_t error = gf::plan(loss.batch, loss.inputs, loss.plan, stream_of(stream));
         if (error != cudaSuccess || rows.count == 0) return code(error);
-        return code(gf::grpo_loss_rows(rows, layout, options, plan, token_inputs, entropy_coef != 0.0f, left,
-                                       stream_of(stream)));
+        return code(gf::grpo_loss_rows(rows, layout, loss.options, loss.plan, loss.tokens, loss.entropy_bonus(),
+                                       loss.results, stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("count"), py::arg("mask"),
-      py::arg("ends"), py::arg("entropy_mask"), py::arg("advantages"), py::arg("per_token_advantages"),
-      py::arg("rewards"), py::arg("group_size"), py::arg("scale_rewards"), py::arg("sampler_ratio"),
-      py::arg("per_token_sampler_ratio"), py::arg("reduction"), py::arg("divisor"), py::arg("num_items"),
-      py::arg("token_weights"), py::arg("entropy_coef"), py::arg("entropy_items"), py::arg("old_logps"),
-      py::arg("ref_logps"), py::arg("entropy_threshold"), py::arg("term"), py::arg("kl_estimator"),
-      py::arg("has_dual_clip"), py::arg("bias_correction"), py::arg("low"), py::arg("high"), py::arg("delta"),
-      py::arg("dual_clip"), py::arg("beta"), py::arg("tau_pos"), py::arg("tau_neg"), py::arg("plan_values"),
-      py::arg("kept"), py::arg("zero_std"), py::arg("d_entropy"), py::arg("logps"), py::arg("entropies"),
-      py::arg("losses"), py::arg("kls"), py::arg("ratios"), py::arg("clips"));
+      py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("loss"));
 
   m.def(
       "sum_rows",
@@ -220,36 +247,75 @@ PYBIND11_MODULE(_C, m) {
       py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("kept"), py::arg("logps"),
       py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
 
-  m.def("linear_log_probs_lanes", &gf::linear_log_probs_lanes, py::arg("count"), py::arg("multiprocessors"));
+  py::class_<gf::Head>(m, "Head").def(py::init(&make_head), py::arg("hidden"), py::arg("hidden_stride"),
+                                      py::arg("weight"), py::arg("weight_stride"), py::arg("bias"), py::arg("count"),
+                                      py::arg("V"), py::arg("H"), py::arg("ids"), py::arg("has_softcap"),
+                                      py::arg("slope"), py::arg("cap"), py::arg("cap_in"), py::arg("multiprocessors"));
+
+  py::class_<gf::Exponentials>(m, "Exponentials")
+      .def(py::init([](Address values, std::int64_t stride, Address bases) -> gf::Exponentials {
+             want(values % 16 == 0 && stride % 8 == 0, "stride", stride, "rows at multiples of 16 bytes");
+             return {pointer<std::uint16_t>(values), stride, pointer<float>(bases)};
+           }),
+           py::arg("values"), py::arg("stride"), py::arg("bases"));
+
+  m.def("linear_lanes", &gf::linear_lanes, py::arg("count"), py::arg("multiprocessors"));
 
   m.def(
       "linear_log_probs",
-      [](int device, Address stream, Tensor hidden, std::int64_t hidden_stride, Tensor weight,
-         std::int64_t weight_stride, int count, int V, int H, Tensor ids, Address bias, bool has_softcap, float slope,
-         float cap, float cap_in, int lanes, int multiprocessors, Address partials, Address logps, Address entropies,
-         Address shifts, Address totals) -> int {
-        want(is_half(values(hidden).dtype), "hidden's dtype", hidden.second, "1 (bfloat16) or 2 (float16)");
-        want(weight.second == hidden.second, "weight's dtype", weight.second, "that of hidden");
-        want(hidden.first % 16 == 0 && hidden_stride % 8 == 0, "hidden's stride", hidden_stride,
-             "rows at multiples of 16 bytes");
-        want(weight.first % 16 == 0 && weight_stride % 8 == 0, "weight's stride", weight_stride,
-             "rows at multiples of 16 bytes");
-        want(count >= 1, "count", count, "1 or more rows");
-        want(lanes >= 1, "lanes", lanes, "1 or more");
+      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address partials,
+         Address logps, Address entropies, Address shifts, Address totals) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
+        auto* found = pointer<float4>(partials);
+        const cudaError_t error = gf::linear_statistics(head, exponentials, found, stream_of(stream));
+        if (error != cudaSuccess || logps == 0) return code(error);
         return code(gf::linear_log_probs(
-            values(hidden), hidden_stride, values(weight), weight_stride, count, V, H, values(ids),
-            pointer<const float>(bias), {has_softcap, slope, cap, cap_in}, lanes, multiprocessors,
-            pointer<float4>(partials),
+            head, found,
             {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
             stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("hidden"), py::arg("hidden_stride"), py::arg("weight"),
-      py::arg("weight_stride"), py::arg("count"), py::arg("V"), py::arg("H"), py::arg("ids"), py::arg("bias"),
-      py::arg("has_softcap"), py::arg("slope"), py::arg("cap"), py::arg("cap_in"), py::arg("lanes"),
-      py::arg("multiprocessors"), py::arg("partials"), py::arg("logps"), py::arg("entropies"), py::arg("shifts"),
-      py::arg("totals"));
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("partials"),
+      py::arg("logps"), py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
+
+  m.def(
+      "linear_loss_rows",
+      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, const Loss& loss,
+         Address partials, Address slopes) -> int {
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return code(on.error());
+        auto* found = pointer<float4>(partials);
+        cudaError_t error = gf::plan(loss.batch, loss.inputs, loss.plan, stream_of(stream));
+        if (error != cudaSuccess) return code(error);
+        error = gf::linear_statistics(head, exponentials, found, stream_of(stream));
+        if (error != cudaSuccess) return code(error);
+        error = gf::linear_loss(head, found, loss.options, loss.plan, loss.tokens, loss.results,
+                                pointer<float4>(slopes), stream_of(stream));
+        if (error != cudaSuccess || exponentials.values == nullptr) return code(error);
+        return code(gf::linear_gradient(head, exponentials, pointer<const float4>(slopes), loss.entropy_bonus(),
+                                        stream_of(stream)));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("loss"),
+      py::arg("partials"), py::arg("slopes"));
+
+  m.def(
+      "linear_log_probs_gradient",
+      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address kept,
+         Address logps, Address entropies, Address shifts, Address totals, Address d_logps, Address d_entropies,
+         Address slopes) -> int {
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return code(on.error());
+        const cudaError_t error = gf::linear_slopes(
+            head, {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
+            pointer<const std::uint8_t>(kept), pointer<const float>(d_logps), pointer<const float>(d_entropies),
+            pointer<float4>(slopes), stream_of(stream));
+        if (error != cudaSuccess) return code(error);
+        return code(gf::linear_gradient(head, exponentials, pointer<const float4>(slopes), d_entropies != 0,
+                                        stream_of(stream)));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("kept"), py::arg("logps"),
+      py::arg("entropies"), py::arg("shifts"), py::arg("totals"), py::arg("d_logps"), py::arg("d_entropies"),
+      py::arg("slopes"));
 
   m.def(
       "log_probs_gradient",

@@ -203,17 +203,25 @@ struct Statistics {
     if (__fmaf_rn(u, inner, -shift(base, inner)) > kSlack) rebase(u, inner);
   }
 
-  // Take in logits that are not far above the base; -inf adds nothing.
+  // Take in logits that are not far above the base, and leave exp2(d) in their place; -inf adds nothing.
   template <bool kFinite, int kSize>
-  __device__ void add(const float (&u)[kSize], float inner) {
+  __device__ void exponentiate(float (&u)[kSize], float inner) {
     const float minus = -shift(base, inner);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const float d = __fmaf_rn(u[i], inner, minus);
-      const float e = exp2_fast(d);
-      sum += e;
-      weighted = __fmaf_rn(e, kFinite ? d : fmaxf(d, kLowest), weighted);
+      u[i] = exp2_fast(d);
+      sum += u[i];
+      weighted = __fmaf_rn(u[i], kFinite ? d : fmaxf(d, kLowest), weighted);
     }
+  }
+
+  template <bool kFinite, int kSize>
+  __device__ void add(const float (&u)[kSize], float inner) {
+    float copy[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) copy[i] = u[i];
+    exponentiate<kFinite>(copy, inner);
   }
 
   // The same for the sum of both, in this order.
@@ -306,6 +314,12 @@ struct Slopes {
     const float e = exp2_fast(d);
     const float gradient = kTilt ? e * __fmaf_rn(tilt, fmaxf(d, kLowest), flat) : e * flat;
     return gradient * uncapped<kSoftcap>(u, options);
+  }
+
+  // By a logit, from e, its exponential relative to a base 2^up above the shift; factor = exp2(up).
+  template <bool kTilt>
+  __device__ float of_exponential(float e, float factor, float up) const {
+    return e * factor * (kTilt ? __fmaf_rn(tilt, fmaxf(__log2f(e) + up, kLowest), flat) : flat);
   }
 
   template <bool kSoftcap>

@@ -6,6 +6,7 @@ Imported only where the extension is built and the GPU is one that it has code f
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,76 @@ def grpo_loss_rows(
     token_weights: Tensor | None,
     entropy_items: Tensor | None,
     *,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    **options: Any,
+) -> None:
+    """As ``grpo_fast.kernels.grpo_loss.grpo_loss_rows``.
+
+    For float32 logits ``out`` may also be of half precision, and then each row begin where the logits' row does.
+
+    Raises:
+        ValueError: It does, and the chip does not hold a row.
+        RuntimeError: A kernel was not launched.
+    """
+    device, row_bytes = logits.device.index, logits.size(-1) * logits.element_size()
+    if out is not None and _in_place_of_another_dtype(out, logits):
+        if not stays(row_bytes, device):
+            raise ValueError(f"out: got the logits' memory with rows of {row_bytes} bytes, want memory of its own")
+        for dim in (0, 1):
+            got, want = out.stride(dim), 2 * logits.stride(dim)
+            if got != want and logits.size(dim) > 1:
+                raise ValueError(f"out: got stride {got} in dim {dim} of the logits' memory, want {want}")
+    loss, _memory = make_loss(
+        rows,
+        zero_std,
+        logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1,
+        logits.size(1),
+        completion_ids,
+        mask,
+        cu_seqlens,
+        advantages,
+        rewards,
+        old_logps,
+        ref_logps,
+        entropy_mask,
+        sampler_ratio,
+        entropy_threshold,
+        num_items,
+        token_weights,
+        entropy_items,
+        **options,
+    )
+    error = _C.grpo_loss_rows(
+        device=device,
+        stream=stream(logits),
+        rows=_rows(logits, out, completion_ids, temperature, logit_scale, softcap),
+        layout=layout(row_bytes, device, out is not None),
+        loss=loss,
+    )
+    check(error, "grpo_loss", logits)
+
+
+def make_loss(
+    rows: Sequence[Tensor],
+    zero_std: Tensor | None,
+    sequences: int,
+    length: int,
+    completion_ids: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    entropy_mask: Tensor | None,
+    sampler_ratio: Tensor | None,
+    entropy_threshold: Tensor | None,
+    num_items: Tensor | None,
+    token_weights: Tensor | None,
+    entropy_items: Tensor | None,
+    *,
     group_size: int,
     divisor: float,
     term: str,
@@ -98,58 +169,37 @@ def grpo_loss_rows(
     tau_neg: float,
     entropy_coef: float,
     scale_rewards: str,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> None:
-    """As ``grpo_fast.kernels.grpo_loss.grpo_loss_rows``.
-
-    For float32 logits ``out`` may also be of half precision, and then each row begin where the logits' row does.
-
-    Raises:
-        ValueError: It does, and the chip does not hold a row.
-        RuntimeError: A kernel was not launched.
-    """
-    V, N = logits.size(-1), completion_ids.numel()
-    B = logits.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
+) -> tuple[_C.Loss, tuple[Tensor | None, ...]]:
+    """The batch with its options, as the kernels take it, and memory of theirs to keep until they are launched."""
+    N = completion_ids.numel()
     ends = None if cu_seqlens is None else cu_seqlens[1:]
-    plan_values = logits.new_empty(3, N, dtype=torch.float32)
-    kept = None if mask is None and ends is None else logits.new_empty(N, dtype=torch.uint8)
-    d_entropy = logits.new_empty((), dtype=torch.float32)
-    device, row_bytes = logits.device.index, V * logits.element_size()
-    if out is not None and _in_place_of_another_dtype(out, logits):
-        if not stays(row_bytes, device):
-            raise ValueError(f"out: got the logits' memory with rows of {row_bytes} bytes, want memory of its own")
-        for dim in (0, 1):
-            got, want = out.stride(dim), 2 * logits.stride(dim)
-            if got != want and logits.size(dim) > 1:
-                raise ValueError(f"out: got stride {got} in dim {dim} of the logits' memory, want {want}")
+    plan_values = completion_ids.new_empty(3, N, dtype=torch.float32)
+    kept = None if mask is None and ends is None else completion_ids.new_empty(N, dtype=torch.uint8)
+    d_entropy = plan_values.new_empty(())
     logps, entropies, losses, kls, ratios, clips = (x.data_ptr() for x in rows)
-    error = _C.grpo_loss_rows(
-        device=device,
-        stream=torch.cuda.current_stream(device).cuda_stream,
-        rows=_rows(logits, out, completion_ids, temperature, logit_scale, softcap),
-        layout=layout(row_bytes, device, out is not None),
-        count=B,
-        mask=_values(mask),
-        ends=_values(ends),
-        entropy_mask=_values(entropy_mask),
-        advantages=_values(advantages),
+    loss = _C.Loss(
+        count=sequences,
+        T=length,
+        N=N,
+        mask=values(mask),
+        ends=values(ends),
+        entropy_mask=values(entropy_mask),
+        advantages=values(advantages),
         per_token_advantages=advantages is not None and advantages.shape == completion_ids.shape,
-        rewards=_values(rewards),
+        rewards=values(rewards),
         group_size=group_size,
         scale_rewards=SCALES.index(scale_rewards),
-        sampler_ratio=_values(sampler_ratio),
+        sampler_ratio=values(sampler_ratio),
         per_token_sampler_ratio=sampler_ratio is not None and sampler_ratio.shape == completion_ids.shape,
         reduction=REDUCTIONS.get(reduction, 0),
         divisor=divisor,
-        num_items=_values(num_items),
-        token_weights=_values(token_weights),
+        num_items=values(num_items),
+        token_weights=values(token_weights),
         entropy_coef=entropy_coef,
-        entropy_items=_values(entropy_items),
-        old_logps=_values(old_logps),
-        ref_logps=_values(ref_logps),
-        entropy_threshold=_values(entropy_threshold),
+        entropy_items=values(entropy_items),
+        old_logps=values(old_logps),
+        ref_logps=values(ref_logps),
+        entropy_threshold=values(entropy_threshold),
         term=TERMS.index(term),
         kl_estimator=KL_ESTIMATORS.index(kl_estimator) if beta != 0.0 else 0,
         has_dual_clip=dual_clip is not None,
@@ -162,8 +212,8 @@ def grpo_loss_rows(
         tau_pos=tau_pos,
         tau_neg=tau_neg,
         plan_values=plan_values.data_ptr(),
-        kept=_address(kept),
-        zero_std=_address(zero_std),
+        kept=address(kept),
+        zero_std=address(zero_std),
         d_entropy=d_entropy.data_ptr(),
         logps=logps,
         entropies=entropies,
@@ -172,7 +222,7 @@ def grpo_loss_rows(
         ratios=ratios,
         clips=clips,
     )
-    _check(error, "grpo_loss", logits)
+    return loss, (plan_values, kept, d_entropy)
 
 
 def sum_rows(
@@ -192,24 +242,24 @@ def sum_rows(
     partials = results.new_empty(max(B, 1) * _C.PARTIAL + 1)
     error = _C.sum_rows(
         device=results.device.index,
-        stream=torch.cuda.current_stream(results.device).cuda_stream,
+        stream=stream(results),
         count=B,
         T=T,
         N=losses.numel(),
-        mask=_values(mask),
-        ends=_values(None if cu_seqlens is None else cu_seqlens[1:]),
-        entropy_mask=_values(entropy_mask),
+        mask=values(mask),
+        ends=values(None if cu_seqlens is None else cu_seqlens[1:]),
+        entropy_mask=values(entropy_mask),
         entropies=entropies.data_ptr(),
         losses=losses.data_ptr(),
         kls=kls.data_ptr() if has_kl else 0,
         ratios=ratios.data_ptr(),
         clips=clips.data_ptr(),
-        zero_std=_address(zero_std),
+        zero_std=address(zero_std),
         entropy_coef=entropy_coef,
         partials=partials.data_ptr(),
         results=results.data_ptr(),
     )
-    _check(error, "sum_rows", losses)
+    check(error, "sum_rows", losses)
 
 
 def selective_log_softmax_fwd(
@@ -229,16 +279,16 @@ def selective_log_softmax_fwd(
     if B * T > 0:
         error = _C.log_probs(
             device=device,
-            stream=torch.cuda.current_stream(device).cuda_stream,
+            stream=stream(logits),
             rows=_rows(logits, None, index, temperature, logit_scale, softcap),
             layout=layout(V * logits.element_size(), device, False),
-            kept=_address(mask),
+            kept=address(mask),
             logps=logps.data_ptr(),
             entropies=entropies.data_ptr() if return_entropy else 0,
             shifts=shifts.data_ptr(),
             totals=totals.data_ptr(),
         )
-        _check(error, "selective_log_softmax", logits)
+        check(error, "selective_log_softmax", logits)
     return logps, entropies, shifts, totals
 
 
@@ -268,17 +318,17 @@ def selective_log_softmax_bwd(
     if index.numel() > 0:
         error = _C.log_probs_gradient(
             device=logits.device.index,
-            stream=torch.cuda.current_stream(logits.device).cuda_stream,
+            stream=stream(logits),
             rows=_rows(logits, out, index, temperature, logit_scale, softcap),
-            kept=_address(mask),
+            kept=address(mask),
             logps=logps.data_ptr(),
-            entropies=_address(entropies),
+            entropies=address(entropies),
             shifts=shifts.data_ptr(),
             totals=totals.data_ptr(),
             d_logps=d_logps.data_ptr(),
-            d_entropies=_address(d_entropies),
+            d_entropies=address(d_entropies),
         )
-        _check(error, "selective_log_softmax", logits)
+        check(error, "selective_log_softmax", logits)
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
@@ -287,79 +337,22 @@ def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
     if B * T > 0:
         error = _C.scale_gradient(
             device=gradient.device.index,
-            stream=torch.cuda.current_stream(gradient.device).cuda_stream,
-            gradient=_values(gradient),
+            stream=stream(gradient),
+            gradient=values(gradient),
             strides=gradient.stride()[:2],
             count=B * T,
             T=T,
             V=V,
             factor=factor.float().data_ptr(),
         )
-        _check(error, "scale_gradient", gradient)
+        check(error, "scale_gradient", gradient)
 
 
 def _in_place_of_another_dtype(out: Tensor, logits: Tensor) -> bool:
     return out.dtype != logits.dtype and out.numel() > 0 and out.data_ptr() == logits.data_ptr()
 
 
-def has_linear_logps(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether ``linear_logps_fwd`` takes these: half precision on Hopper, whose matrix instructions it is made of."""
-    properties = torch.cuda.get_device_properties(hidden.device)
-    hopper = (properties.major, properties.minor) == (9, 0) and "90a" in _C.architectures.split()
-    half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
-    aligned = all(x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
-    return hopper and half and aligned
-
-
-def linear_logps_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logps, entropies, shifts, totals), (N,) each, of ``hidden`` (N, H) and ``weight`` (V, H), without logits.
-
-    Raises:
-        RuntimeError: A kernel was not launched.
-    """
-    N, H = hidden.shape
-    logps, shifts, totals = hidden.new_empty(3, N, dtype=torch.float32).unbind()
-    entropies = torch.empty_like(logps) if return_entropy else logps.new_empty(0)
-    bias = None if bias is None else bias.float()
-    device = hidden.device.index
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    lanes = _C.linear_log_probs_lanes(N, multiprocessors)
-    partials = logps.new_empty(lanes, N, 4)
-    error = _C.linear_log_probs(
-        device=device,
-        stream=torch.cuda.current_stream(device).cuda_stream,
-        hidden=_values(hidden),
-        hidden_stride=hidden.stride(0),
-        weight=_values(weight),
-        weight_stride=weight.stride(0),
-        count=N,
-        V=weight.size(0),
-        H=H,
-        ids=_values(index),
-        bias=_address(bias),
-        **_logit_options(temperature, logit_scale, softcap),
-        lanes=lanes,
-        multiprocessors=multiprocessors,
-        partials=partials.data_ptr(),
-        logps=logps.data_ptr(),
-        entropies=entropies.data_ptr() if return_entropy else 0,
-        shifts=shifts.data_ptr(),
-        totals=totals.data_ptr(),
-    )
-    _check(error, "linear_selective_log_softmax", hidden)
-    return logps, entropies, shifts, totals
-
-
-def _logit_options(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, Any]:
+def logit_options(temperature: float, logit_scale: float, softcap: float | None) -> dict[str, Any]:
     if softcap is None:
         return {"has_softcap": False, "slope": logit_scale / temperature, "cap": 1.0, "cap_in": 1.0}
     return {"has_softcap": True, "slope": 1.0 / temperature, "cap": softcap, "cap_in": logit_scale / softcap}
@@ -369,27 +362,32 @@ def _rows(
     logits: Tensor, out: Tensor | None, ids: Tensor, temperature: float, logit_scale: float, softcap: float | None
 ) -> _C.Rows:
     return _C.Rows(
-        logits=_values(logits),
+        logits=values(logits),
         strides=logits.stride()[:2],
-        out=_values(out),
+        out=values(out),
         out_strides=(0, 0) if out is None else out.stride()[:2],
         count=ids.numel(),
         T=logits.size(1),
         V=logits.size(2),
-        ids=_values(ids),
-        **_logit_options(temperature, logit_scale, softcap),
+        ids=values(ids),
+        **logit_options(temperature, logit_scale, softcap),
     )
 
 
-def _values(x: Tensor | None) -> tuple[int, int]:
+def values(x: Tensor | None) -> tuple[int, int]:
     return NONE if x is None else (x.data_ptr(), DTYPES[x.dtype])
 
 
-def _address(x: Tensor | None) -> int:
+def stream(x: Tensor) -> int:
+    """The current one of its device."""
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _check(error: int, op: str, x: Tensor) -> None:
+def check(error: int, op: str, x: Tensor) -> None:
     if error != 0:
         shape = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
         raise RuntimeError(f"impl='cuda': {op} of {shape}: CUDA error {error}, {_C.error_string(error)}")

@@ -53,6 +53,22 @@ OPTIONS: dict[str, Any] = dict(
     logit_scale=1.0,
     softcap=None,
 )
+HEAD: dict[str, Any] = dict(
+    hidden=(64, BFLOAT16),
+    hidden_stride=16,
+    weight=(64, BFLOAT16),
+    weight_stride=16,
+    bias=0,
+    count=4,
+    V=10,
+    H=16,
+    ids=(64, INT64),
+    has_softcap=False,
+    slope=1.0,
+    cap=1.0,
+    cap_in=1.0,
+    multiprocessors=132,
+)
 SHARED_MEMORY = 233_472  # of an SM of a Hopper GPU
 
 
@@ -89,6 +105,45 @@ def test_rows(changes: dict[str, Any], message: str) -> None:
 def test_layout(arguments: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _C.Layout(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": (64, FLOAT32)}, r"hidden's dtype: got 0, want 1 \(bfloat16\) or 2 \(float16\)"),
+        ({"weight": (64, 2)}, "weight's dtype: got 2, want that of hidden"),
+        ({"hidden": (66, BFLOAT16)}, "hidden's stride: got 16, want rows at multiples of 16 bytes"),
+        ({"hidden_stride": 12}, "hidden's stride: got 12, want rows at multiples of 16 bytes"),
+        ({"weight_stride": 20}, "weight's stride: got 20, want rows at multiples of 16 bytes"),
+        ({"ids": (64, FLOAT32)}, r"ids' dtype: got 0, want 6 \(int32\) or 7 \(int64\)"),
+        ({"count": 0}, "count: got 0, want 1 or more rows"),
+        ({"V": 1}, "V: got 1, want 2 or more"),
+        ({"H": 0}, "H: got 0, want 1 or more"),
+        ({"multiprocessors": 1}, "multiprocessors: got 1, want 2 or more"),
+    ],
+    ids=str,
+)
+def test_head(changes: dict[str, Any], message: str) -> None:
+    _C.Head(**HEAD)
+    with pytest.raises(ValueError, match=message):
+        _C.Head(**{**HEAD, **changes})
+
+
+def test_exponentials() -> None:
+    _C.Exponentials(values=64, stride=16, bases=64)
+    for changes in ({"values": 66}, {"stride": 12}):
+        with pytest.raises(ValueError, match=r"stride: got 1[26], want rows at multiples of 16 bytes"):
+            _C.Exponentials(**{"values": 64, "stride": 16, "bases": 64, **changes})
+
+
+def test_the_words_are_shared_out_evenly() -> None:
+    """Between so many clusters a row that the last round, which not all of them have, is short."""
+    for count in (1, 256, 257, 2_048, 8_192, 100_000):
+        pairs, clusters = -(-count // 256), 66
+        lanes = _C.linear_lanes(count, 2 * clusters)
+        rounds = -(-pairs * lanes // clusters) / lanes
+        assert 1 <= lanes <= clusters
+        assert rounds <= 1.02 * pairs / clusters, count
 
 
 @pytest.mark.parametrize("changes", [{"logits": 64}, {"logits": None}, {"V": 2**40}, {"strides": (1, 2, 3)}], ids=str)
@@ -215,6 +270,7 @@ def test_only_an_empty_batch_may_lack_what_a_loss_needs(monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda, "layout", lambda *_: _C.Layout(1, 8, 4))
     extension = SimpleNamespace(
         Rows=_C.Rows,
+        Loss=_C.Loss,
         error_string=_C.error_string,
         grpo_loss_rows=lambda **arguments: _C.grpo_loss_rows(**{**arguments, "device": 0}),
     )
@@ -239,4 +295,4 @@ def test_without_a_gpu_cuda_says_so() -> None:
     error = _C.log_probs(device=0, stream=0, rows=_C.Rows(**ROWS), layout=_C.Layout(1, 8, 4), kept=0, **arguments)
     assert error != 0
     with pytest.raises(RuntimeError, match=r"impl='cuda': grpo_loss of \(2, 3\) float32 on cpu: CUDA error"):
-        cuda._check(error, "grpo_loss", torch.zeros(2, 3))
+        cuda.check(error, "grpo_loss", torch.zeros(2, 3))

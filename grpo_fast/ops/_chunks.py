@@ -12,7 +12,11 @@ enters; what that gives is added up in float32 and rounded once.
 
 In half precision a gradient takes half of the memory that its logits take, and the sum over the rows is read and
 written by each product that adds to it. So chunks of logits are short, and the gradients of several, a section, enter
-the products together.
+the products together. Where kernels take hidden states, there are no logits, and a chunk is a section:
+
+    for rows, live in head.chunks():
+        ...                                     # from head.states(rows) and head.weight to head.gradient(rows)
+        head.backpropagate(rows)
 """
 
 from __future__ import annotations
@@ -35,8 +39,9 @@ LOGITS_SHARE = 4
 #: Matrix products work in tiles. Sections are a multiple of this many rows if there are so many, and chunks of three
 #: times as many: cuBLAS has a good tiling for each multiple of 384, and for some others only one that is 20 % slower.
 TILE_ROWS = 128
-#: Of rows without a gradient more in a chunk gain nothing.
+#: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
 PASSING_ROWS = 9 * TILE_ROWS
+LAUNCH_ROWS = 64 * TILE_ROWS
 
 
 # Products --------------------------------------------------------------------------------------------------------
@@ -132,30 +137,35 @@ def may_wait(allow_sync: bool, x: Tensor) -> bool:
 
 
 class HiddenRows:
-    """Rows of hidden states (B, T, H), in the order of ``rows`` and in the precision of a product.
+    """Rows of hidden states, in an order and in the precision of a product.
 
     Rows that do not count are 0, whatever they hold.
+
+    Args:
+        hidden: (B, T, H), any strides; the rows are its N = B T positions.
+        rows: Which rows, in which order.
+        dtype: That of the product.
     """
 
     def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype) -> None:
-        self._hidden, self._rows, self._dtype = hidden, rows, dtype
+        self.hidden, self.rows, self.dtype = hidden, rows, dtype
         # Where sequences follow each other without a gap, rows are a view.
         follow = hidden.size(0) == 1 or hidden.stride(0) == hidden.size(1) * hidden.stride(1)
         self._flat = hidden.flatten(0, 1) if follow else None
 
     def __getitem__(self, part: slice) -> Tensor:
         """(n, H)"""
-        numbers = None if self._rows.index is None else self._rows.index[part]
+        numbers = None if self.rows.index is None else self.rows.index[part]
         if self._flat is not None:
             x = self._flat[part] if numbers is None else self._flat.index_select(0, numbers)
         else:
             if numbers is None:
-                numbers = torch.arange(part.start, part.stop, device=self._hidden.device)
-            T = self._hidden.size(1)
-            x = self._hidden[numbers // T, numbers % T]
-        if self._rows.mask is not None:
-            x = torch.where(self._rows.mask[part, None], x, 0.0)
-        return x.to(self._dtype)
+                numbers = torch.arange(part.start, part.stop, device=self.hidden.device)
+            T = self.hidden.size(1)
+            x = self.hidden[numbers // T, numbers % T]
+        if self.rows.mask is not None:
+            x = torch.where(self.rows.mask[part, None], x, 0.0)
+        return x.to(self.dtype)
 
 
 # The head --------------------------------------------------------------------------------------------------------
@@ -173,52 +183,59 @@ class ChunkedHead:
     """A head over chunks of hidden states.
 
     Args:
-        hidden: (B, T, H), any strides; the rows are its N = B T positions.
+        states: The hidden states of the rows, in their order.
         weight: (V, H).
         bias: (V,), or None.
-        rows: Which rows, in which order.
         needs: Which of the three get a gradient.
         workspace_bytes: What the logits of a chunk and the gradients of a section may take.
         weight_grad_out: (V, H) float32 that the weight's gradient is added to; None for a tensor of its own.
         scale: A scalar that the gradients of the logits come multiplied by, so that they do not underflow.
         group: Of ranks that have a shard of the vocabulary each, over which the gradient of ``hidden`` is added up.
+        keeps_logits: Whether there are logits in memory.
     """
 
     def __init__(
         self,
-        hidden: Tensor,
+        states: HiddenRows,
         weight: Tensor,
         bias: Tensor | None,
-        rows: Rows,
         needs: Needs,
         workspace_bytes: int,
         weight_grad_out: Tensor | None = None,
         scale: Tensor | None = None,
         group: str | None = None,
+        keeps_logits: bool = True,
     ) -> None:
         V, H = weight.shape
-        self.rows = rows
-        self.dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        hidden = states.hidden
+        self.rows = rows = states.rows
+        self.dtype = states.dtype
         self._hidden, self._bias = hidden, bias
-        self._weight = weight.to(self.dtype)
-        self._states = HiddenRows(hidden, rows, self.dtype)
+        self.weight = weight.to(self.dtype)
+        self._states = states
 
         # Rows begin at multiples of 16 bytes, whatever V is.
         width = -(-V // 8) * 8
-        two_buffers = self.dtype != torch.float32 and rows.live > 0
         self._chunk_rows = self._section_rows = max(workspace_bytes // (4 * width), 1)
-        if rows.live == 0:
+        if not keeps_logits:
+            self._section_rows = max(workspace_bytes // (self.dtype.itemsize * width), 1)
+            self._chunk_rows = max(self._section_rows, LAUNCH_ROWS)
+        elif rows.live == 0:
             self._chunk_rows = min(self._chunk_rows, PASSING_ROWS)
-        if two_buffers:
+        elif self.dtype != torch.float32:
             self._chunk_rows = _to_tiles(self._chunk_rows // LOGITS_SHARE)
             left = workspace_bytes // width - 4 * self._chunk_rows
             self._section_rows = max(left // self.dtype.itemsize, self._chunk_rows)
         self._section = slice(0, 0)
-        longest = max((_length(section) for section, _ in self._sections()), default=0)
-        self._logits = weight.new_empty(min(longest, self._chunk_rows), width, dtype=torch.float32)[:, :V]
+        longest = {
+            live: max((_length(section) for section, of_live in self._sections() if of_live == live), default=0)
+            for live in (True, False)
+        }
+        kept = min(max(longest.values()), self._chunk_rows) if keeps_logits else 0
+        self._logits = weight.new_empty(kept, width, dtype=torch.float32)[:, :V]
         self._gradient = self._logits  # over the logits, an element in the place of another
-        if two_buffers:
-            self._gradient = weight.new_empty(longest, width, dtype=self.dtype)[:, :V]
+        if self.dtype != torch.float32 or not keeps_logits:
+            self._gradient = weight.new_empty(longest[True], width, dtype=self.dtype)[:, :V]
 
         self._scale, self._group = scale, group
         self._reduction: dist.Work | None = None
@@ -258,10 +275,14 @@ class ChunkedHead:
     def _within_section(self, rows: slice) -> slice:
         return slice(rows.start - self._section.start, rows.stop - self._section.start)
 
+    def states(self, rows: slice) -> Tensor:
+        """(n, H), in the precision of the product."""
+        return self._x[self._within_section(rows)]
+
     def logits(self, rows: slice) -> Tensor:
         """(n, V) float32, in memory that the next call uses again."""
         logits = self._logits[: _length(rows)]
-        product(self._x[self._within_section(rows)], self._weight.t(), logits)
+        product(self.states(rows), self.weight.t(), logits)
         if self._bias is not None:
             logits += self._bias
         return logits
@@ -291,9 +312,9 @@ class ChunkedHead:
     def _backpropagate_to_hidden(self, gradient: Tensor, d_hidden: Tensor) -> None:
         index = self.rows.index
         if index is None and self._scale is None and d_hidden.dtype in (self.dtype, torch.float32):
-            return product(gradient, self._weight, d_hidden[self._section])
+            return product(gradient, self.weight, d_hidden[self._section])
         d_rows = gradient.new_empty(gradient.size(0), d_hidden.size(1), dtype=torch.float32)
-        product(gradient, self._weight, d_rows)
+        product(gradient, self.weight, d_rows)
         if self._scale is not None:
             d_rows /= self._scale
         if index is None:
@@ -313,7 +334,7 @@ class ChunkedHead:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in ``gradient_dtype``; empty where there is none to hand out."""
         del self._logits, self._gradient  # their memory, before the weight's gradient is rounded
-        d_hidden, d_weight, d_bias = (self._weight.new_empty(0) for _ in range(3))
+        d_hidden, d_weight, d_bias = (self.weight.new_empty(0) for _ in range(3))
         for total in (self._d_weight, self._d_bias):
             if total is not None and self._scale is not None:
                 total /= self._scale

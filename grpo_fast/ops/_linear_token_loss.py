@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops._checks import Shapes
-from grpo_fast.ops._chunks import ChunkedHead, Needs, Rows, gradient_dtype, may_wait
+from grpo_fast.ops._chunks import ChunkedHead, HiddenRows, Needs, Rows, gradient_dtype, may_wait
 from grpo_fast.ops._known_gradient import KnownGradientFunction
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._library import mutating_op, overwritten
-from grpo_fast.ops._row_kernels import row_kernels
+from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
 from grpo_fast.ops._token_loss import METRICS
 
 #: What a row leaves behind: log-prob, entropy, weighted loss, KL, ratio, clip.
@@ -97,24 +97,42 @@ def linear_token_loss(
             scale = torch.exp2(-token_weights.amax().clamp(min=1e-30).log2().floor())
             token_weights = token_weights * scale
             entropy_items = None if entropy_items is None else entropy_items / scale
-        head = ChunkedHead(hidden, weight, bias, rows, wants, workspace_bytes, weight_grad_out, scale)
+        states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
+        linear = linear_kernels(
+            kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient=rows.live > 0
+        )
+        head = ChunkedHead(
+            states, weight, bias, wants, workspace_bytes, weight_grad_out, scale, keeps_logits=linear is None
+        )
         inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)
         per_token = [None if x is None else rows.take(x) for x in inputs]
         results = weight.new_zeros(ROW_RESULTS, rows.total, dtype=torch.float32)
+        options: dict[str, Any] = dict(
+            group_size=1,
+            divisor=1.0,
+            reduction="constant",
+            scale_rewards="none",
+            term=term,
+            low=low,
+            high=high,
+            delta=delta,
+            dual_clip=dual_clip,
+            beta=beta,
+            kl_estimator=kl_estimator,
+            bias_correction=bias_correction,
+            tau_pos=tau_pos,
+            tau_neg=tau_neg,
+            entropy_coef=entropy_coef,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
         for part, has_gradient in head.chunks():
-            logits = head.logits(part)
             ids, adv, weights, old, ref, chosen, ratio, kept = (None if x is None else x[part] for x in per_token)
             assert ids is not None
             assert weights is not None
-            gradient = head.gradient(part) if has_gradient else None
-            labels = as_address(ids, logits.size(1)) if label_smoothing else ids
-            smoothing = weights * (label_smoothing * logit_scale / temperature)
-            spread = above_mean(logits, labels) * smoothing if label_smoothing else None
-            kernels.loss_rows(
-                results[:, part].unbind(),
-                None,
-                None if gradient is None else gradient.unsqueeze(0),
-                logits.unsqueeze(0),
+            found = results[:, part].unbind()
+            rest = (
                 ids,
                 kept,
                 None,
@@ -128,32 +146,25 @@ def linear_token_loss(
                 None,
                 weights,
                 entropy_items,
-                group_size=1,
-                divisor=1.0,
-                reduction="constant",
-                scale_rewards="none",
-                term=term,
-                low=low,
-                high=high,
-                delta=delta,
-                dual_clip=dual_clip,
-                beta=beta,
-                kl_estimator=kl_estimator,
-                bias_correction=bias_correction,
-                tau_pos=tau_pos,
-                tau_neg=tau_neg,
-                entropy_coef=entropy_coef,
-                temperature=temperature,
-                logit_scale=logit_scale,
-                softcap=softcap,
             )
-            if spread is not None:
-                results[2, part] += spread
+            gradient = head.gradient(part) if has_gradient else None
+            if linear is not None:
+                linear.loss_rows(found, gradient, head.states(part), head.weight, bias, *rest, **options)
+            else:
+                logits = head.logits(part)
+                labels = as_address(ids, logits.size(1)) if label_smoothing else ids
+                smoothing = weights * (label_smoothing * logit_scale / temperature)
+                spread = above_mean(logits, labels) * smoothing if label_smoothing else None
+                rows_of_gradient = None if gradient is None else gradient.unsqueeze(0)
+                kernels.loss_rows(found, None, rows_of_gradient, logits.unsqueeze(0), *rest, **options)
+                if spread is not None:
+                    results[2, part] += spread
+                    if gradient is not None:
+                        add_gradient_above_mean(gradient, labels, smoothing)
+                del logits, rows_of_gradient
             if gradient is not None:
-                if label_smoothing:
-                    add_gradient_above_mean(gradient, labels, smoothing)
                 head.backpropagate(part)
-            del logits, gradient  # the memory is the head's, to give back in finish()
+            del gradient  # the memory is the head's, to give back in finish()
         if scale is not None:
             results[2] /= scale
         return rows.spread(results), *head.finish()

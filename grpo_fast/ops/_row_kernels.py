@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 
-class LinearLogps(NamedTuple):
-    """Log-probs from hidden states, without logits."""
+from grpo_fast.ops._chunks import HiddenRows
+
+
+class LinearKernels(NamedTuple):
+    """The same from hidden states, where no logits are kept."""
 
     takes: Callable[..., bool]  # (hidden, weight)
-    forward: Callable[..., Any]
+    loss_rows: Callable[..., Any]
+    logps: Callable[..., Any]
+    logps_backward: Callable[..., Any]
 
 
 class RowKernels(NamedTuple):
@@ -21,13 +28,13 @@ class RowKernels(NamedTuple):
     logps: Callable[..., Any]  # log-probs and entropy
     logps_backward: Callable[..., Any]  # the gradient of the logits from those of log-probs and entropy
     scale_gradient: Callable[..., Any]  # a gradient times a scalar that the host does not know
-    linear_logps: LinearLogps | None = None
+    linear: LinearKernels | None = None
 
 
 def row_kernels(impl: str) -> RowKernels:
     """The kernels of ``impl``, which ``backend.choose`` has found able to run."""
     if impl == "cuda":
-        from grpo_fast import cuda
+        from grpo_fast import cuda, cuda_linear
 
         return RowKernels(
             cuda.grpo_loss_rows,
@@ -35,7 +42,12 @@ def row_kernels(impl: str) -> RowKernels:
             cuda.selective_log_softmax_fwd,
             cuda.selective_log_softmax_bwd,
             cuda.scale_gradient,
-            LinearLogps(cuda.has_linear_logps, cuda.linear_logps_fwd),
+            LinearKernels(
+                cuda_linear.takes,
+                cuda_linear.linear_loss_rows,
+                cuda_linear.linear_logps_fwd,
+                cuda_linear.linear_logps_bwd,
+            ),
         )
     assert impl == "triton", impl
     from grpo_fast.kernels._results import sum_rows
@@ -44,3 +56,25 @@ def row_kernels(impl: str) -> RowKernels:
     from grpo_fast.kernels.selective_log_softmax import selective_log_softmax_bwd, selective_log_softmax_fwd
 
     return RowKernels(grpo_loss_rows, sum_rows, selective_log_softmax_fwd, selective_log_softmax_bwd, scale_gradient)
+
+
+def linear_kernels(
+    kernels: RowKernels,
+    states: HiddenRows,
+    weight: Tensor,
+    *,
+    label_smoothing: float,
+    softcap: float | None,
+    gradient: bool,
+) -> LinearKernels | None:
+    """Those that take these hidden states and this head, if there are any.
+
+    They do not know label smoothing. What they keep for a gradient has the digits for bfloat16, not for float16, nor
+    for the slope of a softcap near the cap.
+    """
+    linear = kernels.linear
+    if linear is None or label_smoothing != 0.0 or not linear.takes(states[slice(0, 0)], weight):
+        return None
+    if gradient and (softcap is not None or states.dtype != torch.bfloat16):
+        return None
+    return linear

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
-from grpo_fast.ops._chunks import ChunkedHead, HiddenRows, Needs, Rows, check_workspace, may_wait, steps
+from grpo_fast.ops._chunks import ChunkedHead, HiddenRows, Needs, Rows, check_workspace, may_wait
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
-from grpo_fast.ops._row_kernels import row_kernels
+from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
 from grpo_fast.ops._vocabulary_parallel import (
     local_shards,
     merge_rows,
@@ -21,10 +21,6 @@ from grpo_fast.ops._vocabulary_parallel import (
     upstream_in_shard,
 )
 from grpo_fast.reference import linear_logps_ref
-
-#: Rows at a time where no logits are kept: so many that the end of a launch costs little, so few that a copy of their
-#: hidden states is small.
-PASSING_ROWS = 8192
 
 
 def linear_selective_log_softmax(
@@ -210,22 +206,24 @@ def _linear_logps(
         results = weight.new_zeros(4, rows.total, dtype=torch.float32)
         options = temperature, logit_scale, softcap, return_entropy
         states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
-        fused = kernels.linear_logps
-        if fused is not None and not label_smoothing and fused.takes(states[slice(0, 1)], weight):
-            for part in steps(slice(0, rows.total), PASSING_ROWS):
-                found = fused.forward(states[part], weight, bias, ids[part], *options)
-                kept = None if rows.mask is None else rows.mask[part]
+        linear = linear_kernels(
+            kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient=False
+        )
+        head = ChunkedHead(
+            states, weight, bias, Needs(False, False, False), workspace_bytes, keeps_logits=linear is None
+        )
+        for part, _ in head.chunks():
+            kept = None if rows.mask is None else rows.mask[part]
+            if linear is not None:
+                found = linear.logps(head.states(part), head.weight, bias, ids[part], *options)
                 _put(results[:, part], [x if kept is None or x.numel() == 0 else x.where(kept, 0.0) for x in found])
-        else:
-            head = ChunkedHead(hidden, weight, bias, rows, Needs(False, False, False), workspace_bytes)
-            for part, _ in head.chunks():
-                logits = head.logits(part)
-                kept = None if rows.mask is None else rows.mask[part].unsqueeze(0)
-                _put(results[:, part], kernels.logps(logits.unsqueeze(0), ids[part].unsqueeze(0), kept, *options))
-                if label_smoothing:
-                    spread = above_mean(logits, as_address(ids[part], logits.size(1)))
-                    spread *= label_smoothing * logit_scale / temperature
-                    results[0, part] -= spread if kept is None else spread * kept.squeeze(0)
+                continue
+            logits, kept = head.logits(part), None if kept is None else kept.unsqueeze(0)
+            _put(results[:, part], kernels.logps(logits.unsqueeze(0), ids[part].unsqueeze(0), kept, *options))
+            if label_smoothing:
+                spread = above_mean(logits, as_address(ids[part], logits.size(1)))
+                spread *= label_smoothing * logit_scale / temperature
+                results[0, part] -= spread if kept is None else spread * kept.squeeze(0)
         logps, entropy, shifts, totals = (x.clone() for x in rows.spread(results))
         if group is not None:
             logps, entropy, shifts, totals = merge_rows(
@@ -290,17 +288,30 @@ def _linear_logps_backward(
         moved = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
         mask = moved if mask is None else moved & mask
         rows = Rows.choose(index.numel(), mask, None, gradient=True, wait=may_wait(allow_sync, hidden))
-        head = ChunkedHead(hidden, weight, bias, rows, Needs(*needs), workspace_bytes, group=group)
+        states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
+        linear = linear_kernels(
+            kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient=True
+        )
+        head = ChunkedHead(
+            states, weight, bias, Needs(*needs), workspace_bytes, group=group, keeps_logits=linear is None
+        )
         saved = [
             None if x is None or x.numel() == 0 else rows.take(x)
             for x in (index, rows.mask, logps, entropy, shifts, totals, d_logps, d_entropy)
         ]
         for part, _ in head.chunks():
-            logits, gradient = head.logits(part), head.gradient(part)
+            gradient = head.gradient(part)
             ids, kept, logp, h, shift, total, d_logp, d_h = (None if x is None else x[part] for x in saved)
             assert ids is not None
             assert logp is not None
             assert d_logp is not None
+            if linear is not None:
+                rest = ids, kept, logp, h, shift, total, d_logp, d_h, temperature, logit_scale, softcap
+                linear.logps_backward(gradient, head.states(part), head.weight, bias, *rest)
+                head.backpropagate(part)
+                del gradient
+                continue
+            logits = head.logits(part)
             if label_smoothing:
                 labels = as_address(ids, logits.size(1))
                 factor = d_logp * (-label_smoothing * logit_scale / temperature)

@@ -1,4 +1,4 @@
-// Log-probs of chosen tokens and entropy from hidden states: the logits of a matrix product that never leave registers.
+// The statistics of rows of logits from hidden states: a matrix product whose logits never leave the registers.
 //
 // A block keeps 128 rows and walks over the vocabulary, 256 words at a time. In a block,
 //
@@ -6,16 +6,21 @@
 //                                     into a ring in shared memory; the two blocks of a cluster have the same words,
 //                                     and each copies half of them for both,
 //   the consumers  (2 warpgroups)     multiply them on the tensor cores, 64 rows each, and at the end of 256 words
-//                                     take the logits in their registers into their rows' statistics.
+//                                     take the logits in their registers into their rows' statistics. Where there is
+//                                     to be a gradient they write the exponentials that they have then, in 16 bits.
 //
 // While one warpgroup is with its statistics the other multiplies, as far apart as the ring allows. Clusters that share
-// rows have every n-th tile of words. A second kernel merges what they found.
+// rows have every n-th tile of words; linear_rows.cu merges what they found.
 
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "api.h"
 #include "async.cuh"
+#include "exponential.cuh"
+#include "head.cuh"
 #include "row.cuh"
 #include "scalars.cuh"
 #include "wgmma.cuh"
@@ -57,12 +62,10 @@ struct Item {
 };
 
 struct Problem {
-  int count, V, H;
+  Head head;
+  Exponentials exponentials;
   int pairs, lanes;  // of 256 rows, and how many clusters share each
-  Values ids;
-  const float* bias;  // null for none
-  LogitOptions options;
-  float4* partials;  // (lanes, count) statistics
+  float4* partials;  // (lanes, count)
 
   // Items in an order in which those near each other share rows as well as words: a band of pairs at a time.
   __device__ Item item(int i) const {
@@ -73,7 +76,7 @@ struct Problem {
   }
 };
 
-template <typename T, bool kSoftcap, bool kBias>
+template <typename T, bool kSoftcap, bool kBias, bool kKeep>
 __global__ void __launch_bounds__(kThreads, 1)
     statistics_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
                       const Problem problem) {
@@ -93,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_sync();
 
   const int group = threadIdx.x / 128, clusters = gridDim.x / kCluster;
-  const int tiles = (problem.V + kWords - 1) / kWords, steps = (problem.H + kDepth - 1) / kDepth;
+  const Head& head = problem.head;
+  const int tiles = (head.V + kWords - 1) / kWords, steps = (head.H + kDepth - 1) / kDepth;
   Ring ring;
   if (group == kConsumers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -116,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const LogitOptions options = problem.options;
+    const LogitOptions options = head.options;
     const float inner = options.slope * kLog2e;
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const int first_row = group * 64 + thread / 32 * 16 + lane / 4;  // this thread's rows: + 0, 8
@@ -130,7 +134,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       Statistics rows[2];
       int64_t ids[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) ids[h] = row + 8 * h < problem.count ? integer(problem.ids, row + 8 * h) : -1;
+      for (int h = 0; h < 2; ++h) ids[h] = row + 8 * h < head.count ? integer(head.ids, row + 8 * h) : -1;
+      float bases[2] = {};
+      if (kKeep) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          bases[h] = row + 8 * h < head.count ? problem.exponentials.bases[row + 8 * h] : 0.0f;
+      }
       for (int tile = at.lane; tile < tiles; tile += problem.lanes) {
         float logits[128];
         int previous = -1;
@@ -155,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
         // Statistics. logits[4 j + 2 h + e]: pairs e of row h of a group of eight words j, as the units lay them.
         const int word = tile * kWords + first_word;
-        const bool whole = tile * kWords + kWords <= problem.V;
+        const bool whole = tile * kWords + kWords <= head.V;
 #pragma unroll
         for (int part = 0; part < 4; ++part) {  // 128 words of a row, for registers' sake
           const int h = part / 2, first = word + part % 2 * 128;
@@ -164,13 +174,13 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int i = 0; i < 32; ++i) {
             float x = logits[part % 2 * 64 + i / 2 * 4 + 2 * h + i % 2];
             const int column = first + i / 2 * 8 + i % 2;
-            if (kBias) x += whole || column < problem.V ? problem.bias[column] : 0.0f;
+            if (kBias) x += whole || column < head.V ? head.bias[column] : 0.0f;
             u[i] = capped<kSoftcap>(x, options);
           }
           if (!whole) {
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
-              if (first + i / 2 * 8 + i % 2 >= problem.V) u[i] = kNowhere;
+              if (first + i / 2 * 8 + i % 2 >= head.V) u[i] = kNowhere;
             }
           }
           const int64_t place = ids[h] - first;
@@ -185,7 +195,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int i = 1; i < 32; ++i) top = fmaxf(top, u[i]);
           rows[h].reach(top, inner);
-          rows[h].template add<!kBias>(u, inner);
+          rows[h].template exponentiate<!kBias>(u, inner);
+          if (kKeep) {
+            const float factor = exp2_fast(Statistics::shift(rows[h].base, inner) - bases[h]);
+            uint32_t pairs[16];
+#pragma unroll
+            for (int i = 0; i < 16; ++i) pairs[i] = pack_exponentials(u[2 * i] * factor, u[2 * i + 1] * factor);
+            const int start = tile * kWords + part % 2 * 128 + lane % 4 * 8;
+            uint16_t* to = problem.exponentials.values + (row + 8 * h) * problem.exponentials.stride + start;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const uint4 group = gather_groups(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
+              if (row + 8 * h < head.count && start + 32 * i < head.V) {
+                __stcs(reinterpret_cast<uint4*>(to + 32 * i), group);
+              }
+            }
+          }
         }
       }
       // Four threads have a row.
@@ -198,8 +223,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                      inner);
         }
         const int n = row + 8 * h;
-        if (lane % 4 == 0 && n < problem.count) {
-          problem.partials[int64_t(at.lane) * problem.count + n] =
+        if (lane % 4 == 0 && n < head.count) {
+          problem.partials[int64_t(at.lane) * head.count + n] =
               make_float4(mine.base, mine.sum, mine.weighted, mine.target);
         }
       }
@@ -209,21 +234,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-__global__ void merge_kernel(const Problem problem, const LogProbs results) {
-  const int n = blockIdx.x * blockDim.x + threadIdx.x;
-  if (n >= problem.count) return;
-  const float inner = problem.options.slope * kLog2e;
-  Statistics rest;
-  for (int lane = 0; lane < problem.lanes; ++lane) {
-    const float4 part = problem.partials[int64_t(lane) * problem.count + n];
-    rest.merge({part.x, part.y, part.z, part.w}, inner);
+// The base of each row's exponentials, by the logit of its sampled token: a warp a row.
+template <typename T>
+__global__ void base_kernel(const Head head, float* bases) {
+  const int n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (n >= head.count) return;
+  const int64_t id = integer(head.ids, n);
+  float base = kLowestBase;
+  if (id >= 0 && id < head.V) {
+    float u = logit<T>(head, n, static_cast<int>(id), lane, 32);
+    for (int across = 16; across > 0; across /= 2) u += __shfl_xor_sync(~0u, u, across);
+    base = fmaxf(u * head.options.slope * kLog2e, kLowestBase);
   }
-  const int64_t id = integer(problem.ids, n);
-  const Softmax row = Softmax::from(rest, id >= 0 && id < problem.V, problem.options);
-  results.logps[n] = row.logp;
-  results.shifts[n] = row.shift;
-  results.totals[n] = row.total;
-  if (results.entropies != nullptr) results.entropies[n] = row.entropy;
+  if (lane == 0) bases[n] = base + kHeadroom;
 }
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -245,30 +268,40 @@ cudaError_t find_encode(Encode* encode) {
 }
 
 // A matrix (rows, depth) of 2-byte elements, `stride` elements from row to row, to be copied in tiles of so many rows.
-cudaError_t describe(CUtensorMap* map, Encode encode, DType dtype, const void* data, int rows, int depth,
-                     int64_t stride, int tile_rows) {
+cudaError_t describe(CUtensorMap* map, Encode encode, const Values& matrix, int rows, int depth, int64_t stride,
+                     int tile_rows) {
   const cuuint64_t sizes[2] = {cuuint64_t(depth), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride) * 2};
   const cuuint32_t box[2] = {kDepth, cuuint32_t(tile_rows)}, steps[2] = {1, 1};
-  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto type =
+      matrix.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
-      encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(map, type, 2, const_cast<void*>(matrix.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <typename T>
-cudaError_t launch(const CUtensorMap& hidden, const CUtensorMap& weight, const Problem& problem, int blocks,
-                   cudaStream_t stream) {
-  const bool softcap = problem.options.has_softcap, bias = problem.bias != nullptr;
-  const auto kernel = softcap ? (bias ? statistics_kernel<T, true, true> : statistics_kernel<T, true, false>)
-                              : (bias ? statistics_kernel<T, false, true> : statistics_kernel<T, false, false>);
+auto* choose_kernel(const Problem& problem) {
+  const bool softcap = problem.head.options.has_softcap, bias = problem.head.bias != nullptr;
+  if (problem.exponentials.values != nullptr) {
+    return bias ? statistics_kernel<__nv_bfloat16, false, true, true>
+                : statistics_kernel<__nv_bfloat16, false, false, true>;
+  }
+  return softcap ? (bias ? statistics_kernel<T, true, true, false> : statistics_kernel<T, true, false, false>)
+                 : (bias ? statistics_kernel<T, false, true, false> : statistics_kernel<T, false, false, false>);
+}
+
+template <typename T>
+cudaError_t launch(const CUtensorMap& hidden, const CUtensorMap& weight, const Problem& problem, cudaStream_t stream) {
+  const auto kernel = choose_kernel<T>(problem);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kCluster, 1, 1};
+  const int items = problem.pairs * problem.lanes, clusters = problem.head.multiprocessors / kCluster;
   cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
+  config.gridDim = kCluster * (items < clusters ? items : clusters);
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
@@ -277,10 +310,26 @@ cudaError_t launch(const CUtensorMap& hidden, const CUtensorMap& weight, const P
   return cudaLaunchKernelEx(&config, kernel, hidden, weight, problem);
 }
 
+template <typename T>
+cudaError_t statistics(const CUtensorMap& hidden, const CUtensorMap& weight, const Problem& problem,
+                       cudaStream_t stream) {
+  if (problem.exponentials.values != nullptr) {
+    if (std::is_same_v<T, __half> || problem.head.options.has_softcap) return cudaErrorInvalidValue;
+    constexpr int kRowsABlock = 8;
+    base_kernel<T><<<(problem.head.count + kRowsABlock - 1) / kRowsABlock, 32 * kRowsABlock, 0, stream>>>(
+        problem.head, problem.exponentials.bases);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+  }
+  return launch<T>(hidden, weight, problem, stream);
+}
+
+int pairs_of(int count) { return (count + kCluster * kRows - 1) / (kCluster * kRows); }
+
 }  // namespace
 
-int linear_log_probs_lanes(int count, int multiprocessors) {
-  const int pairs = (count + kCluster * kRows - 1) / (kCluster * kRows), clusters = multiprocessors / kCluster;
+int linear_lanes(int count, int multiprocessors) {
+  const int pairs = pairs_of(count), clusters = multiprocessors / kCluster;
   // Every cluster has so many shares of the words; the fewest rounds, in units of a whole one, are best.
   int best = 1;
   double least = 1e30;
@@ -291,27 +340,20 @@ int linear_log_probs_lanes(int count, int multiprocessors) {
   return best;
 }
 
-cudaError_t linear_log_probs(const Values& hidden, int64_t hidden_stride, const Values& weight, int64_t weight_stride,
-                             int count, int V, int H, const Values& ids, const float* bias, const LogitOptions& options,
-                             int lanes, int multiprocessors, float4* partials, const LogProbs& results,
-                             cudaStream_t stream) {
+cudaError_t linear_statistics(const Head& head, const Exponentials& exponentials, float4* partials,
+                              cudaStream_t stream) {
   Encode encode;
   cudaError_t error = find_encode(&encode);
   if (error != cudaSuccess) return error;
-  CUtensorMap hidden_map, weight_map;
-  error = describe(&hidden_map, encode, hidden.dtype, hidden.data, count, H, hidden_stride, kRows);
+  CUtensorMap hidden, weight;
+  error = describe(&hidden, encode, head.hidden, head.count, head.H, head.hidden_stride, kRows);
   if (error != cudaSuccess) return error;
-  error = describe(&weight_map, encode, weight.dtype, weight.data, V, H, weight_stride, kWords / kCluster);
+  error = describe(&weight, encode, head.weight, head.V, head.H, head.weight_stride, kWords / kCluster);
   if (error != cudaSuccess) return error;
-  const int pairs = (count + kCluster * kRows - 1) / (kCluster * kRows);
-  const Problem problem = {count, V, H, pairs, lanes, ids, bias, options, partials};
-  const int items = pairs * lanes, clusters = multiprocessors / kCluster;
-  const int blocks = kCluster * (items < clusters ? items : clusters);
-  error = hidden.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(hidden_map, weight_map, problem, blocks, stream)
-                                           : launch<__half>(hidden_map, weight_map, problem, blocks, stream);
-  if (error != cudaSuccess) return error;
-  merge_kernel<<<(count + 127) / 128, 128, 0, stream>>>(problem, results);
-  return cudaGetLastError();
+  const Problem problem = {head, exponentials, pairs_of(head.count), linear_lanes(head.count, head.multiprocessors),
+                           partials};
+  return head.hidden.dtype == DType::kBFloat16 ? statistics<__nv_bfloat16>(hidden, weight, problem, stream)
+                                               : statistics<__half>(hidden, weight, problem, stream);
 }
 
 }  // namespace grpo_fast

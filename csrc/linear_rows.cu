@@ -1,0 +1,142 @@
+// From the statistics of rows to log-probs, the loss and the gradient of the logits, over the exponentials that the
+// product left (linear_statistics.cu).
+
+#include "exponential.cuh"
+#include "grpo_loss.cuh"
+#include "head.cuh"
+
+namespace grpo_fast {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVectorsAThread = 4;
+
+// A row's softmax, from what the lanes found.
+__device__ Softmax softmax(const Head& head, const float4* partials, int lanes, int n) {
+  Statistics rest;
+  for (int lane = 0; lane < lanes; ++lane) {
+    const float4 part = partials[int64_t(lane) * head.count + n];
+    rest.merge({part.x, part.y, part.z, part.w}, head.options.slope * kLog2e);
+  }
+  const int64_t id = integer(head.ids, n);
+  return Softmax::from(rest, id >= 0 && id < head.V, head.options);
+}
+
+// Kernels by row: a thread each.
+
+__global__ void log_probs_kernel(const Head head, const float4* partials, int lanes, const LogProbs results) {
+  const int n = blockIdx.x * kThreads + threadIdx.x;
+  if (n >= head.count) return;
+  const Softmax row = softmax(head, partials, lanes, n);
+  results.logps[n] = row.logp;
+  results.shifts[n] = row.shift;
+  results.totals[n] = row.total;
+  if (results.entropies != nullptr) results.entropies[n] = row.entropy;
+}
+
+__global__ void loss_kernel(const Head head, const float4* partials, int lanes, const GrpoLoss op, Slopes* slopes) {
+  const int n = blockIdx.x * kThreads + threadIdx.x;
+  if (n >= head.count) return;
+  if (op.plan.kept != nullptr && op.plan.kept[n] == 0) {
+    op.skip(n);
+    if (slopes != nullptr) slopes[n] = {};
+    return;
+  }
+  const Softmax row = softmax(head, partials, lanes, n);
+  const GrpoLoss::Result result = op.evaluate(op.load(n), row);
+  op.store(n, row, result);
+  if (slopes != nullptr) slopes[n] = Slopes::from(row, result.d_logp, result.d_entropy, head.options);
+}
+
+__global__ void slopes_kernel(const Head head, const LogProbs results, const uint8_t* kept, const float* d_logps,
+                              const float* d_entropies, Slopes* slopes) {
+  const int n = blockIdx.x * kThreads + threadIdx.x;
+  if (n >= head.count) return;
+  const int64_t id = integer(head.ids, n);
+  const bool counts = kept == nullptr || kept[n] != 0, sampled = id >= 0 && id < head.V, tilt = d_entropies != nullptr;
+  const Softmax row = {results.logps[n], tilt ? results.entropies[n] : 0.0f, results.shifts[n], results.totals[n],
+                       sampled};
+  slopes[n] =
+      Slopes::from(row, counts && sampled ? d_logps[n] : 0.0f, counts && tilt ? d_entropies[n] : 0.0f, head.options);
+}
+
+template <typename Kernel, typename... Arguments>
+cudaError_t launch_by_row(Kernel* kernel, const Head& head, cudaStream_t stream, Arguments... arguments) {
+  kernel<<<(head.count + kThreads - 1) / kThreads, kThreads, 0, stream>>>(head, arguments...);
+  return cudaGetLastError();
+}
+
+// Block (n, slice): each exponential is read once and the gradient written in its place.
+template <bool kTilt>
+__global__ void __launch_bounds__(kThreads)
+    gradient_kernel(const Head head, const Exponentials exponentials, const Slopes* all) {
+  const int n = blockIdx.x, vectors = (head.V + 7) / 8;
+  const float inner = head.options.slope * kLog2e;
+  const Slopes slopes = all[n];
+  const float up = exponentials.bases[n] - slopes.shift, factor = exp2f(up);
+  const bool zero = slopes.zero(), far = -up > kFar;
+  const int64_t id = integer(head.ids, n);
+  uint4* const row = reinterpret_cast<uint4*>(exponentials.values + n * exponentials.stride);
+
+  const int step = kThreads * gridDim.y;
+  for (int first = blockIdx.y * kThreads + threadIdx.x; first < vectors; first += step * kVectorsAThread) {
+    uint4 raw[kVectorsAThread] = {};
+#pragma unroll
+    for (int j = 0; j < kVectorsAThread; ++j) {
+      if (!zero && !far && first + j * step < vectors) raw[j] = __ldcs(&row[first + j * step]);
+    }
+#pragma unroll
+    for (int j = 0; j < kVectorsAThread; ++j) {
+      const int vector = first + j * step;
+      if (vector >= vectors) break;
+      float x[8] = {};
+      if (!zero && !far) {
+        unpack_exponentials(raw[j], x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = slopes.of_exponential<kTilt>(x[i], factor, up);
+      } else if (!zero) {
+        for (int i = 0; i < 8 && vector * 8 + i < head.V; ++i) {
+          x[i] = slopes.at<false, kTilt>(logit<__nv_bfloat16>(head, n, vector * 8 + i, 0, 1), inner, head.options);
+        }
+      }
+      if (!zero && id >= 0 && id / 8 == vector) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = i == id % 8 ? slopes.at_target : x[i];
+      }
+      store_together(reinterpret_cast<__nv_bfloat16*>(&row[vector]), x);
+    }
+  }
+}
+
+int lanes_of(const Head& head) { return linear_lanes(head.count, head.multiprocessors); }
+
+}  // namespace
+
+cudaError_t linear_log_probs(const Head& head, const float4* partials, const LogProbs& results, cudaStream_t stream) {
+  return launch_by_row(log_probs_kernel, head, stream, partials, lanes_of(head), results);
+}
+
+cudaError_t linear_loss(const Head& head, const float4* partials, const LossOptions& options, const Plan& plan,
+                        const TokenInputs& inputs, const RowResults& results, float4* slopes, cudaStream_t stream) {
+  const GrpoLoss op = {options, plan, inputs, results};
+  return launch_by_row(loss_kernel, head, stream, partials, lanes_of(head), op, reinterpret_cast<Slopes*>(slopes));
+}
+
+cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8_t* kept, const float* d_logps,
+                          const float* d_entropies, float4* slopes, cudaStream_t stream) {
+  return launch_by_row(slopes_kernel, head, stream, results, kept, d_logps, d_entropies,
+                       reinterpret_cast<Slopes*>(slopes));
+}
+
+cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
+                            cudaStream_t stream) {
+  if (head.hidden.dtype != DType::kBFloat16) return cudaErrorInvalidValue;
+  const auto kernel = tilted ? gradient_kernel<true> : gradient_kernel<false>;
+  const int a_block = kThreads * kVectorsAThread * 8;
+  const int slices = static_cast<int>((int64_t(head.V) + a_block - 1) / a_block);
+  const dim3 grid(head.count, slices < 65535 ? slices : 65535);
+  kernel<<<grid, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes));
+  return cudaGetLastError();
+}
+
+}  // namespace grpo_fast

@@ -1,0 +1,275 @@
+"""The kernels that take hidden states and keep no logits, on Hopper, held against float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from conftest import KERNELS, rand
+
+from grpo_fast import GRPOLossConfig, linear_cross_entropy, linear_grpo_loss, linear_selective_log_softmax
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and "cuda" in KERNELS
+pytestmark = [
+    pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA H100 or H200"),
+    pytest.mark.usefixtures("poisoned_buffers"),
+]
+
+SHAPES = (  # rows, words, depth: an end within a tile in every one, then clusters with several shares of the words
+    (1, 7, 8),
+    (3, 300, 72),
+    (129, 257, 64),
+    (700, 5_001, 200),
+    (1_025, 70_000, 64),
+)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each launch: that nothing else was taken instead."""
+    from grpo_fast import cuda_linear
+
+    rows: list[int] = []
+    head = cuda_linear._head
+
+    def counted(hidden: Tensor, *arguments: Any) -> Any:
+        rows.append(hidden.size(0))
+        return head(hidden, *arguments)
+
+    monkeypatch.setattr(cuda_linear, "_head", counted)
+    return rows
+
+
+def check(hidden: Tensor, weight: Tensor, index: Tensor, **options: Any) -> None:
+    got = linear_selective_log_softmax(hidden, weight, index, return_entropy=True, impl="cuda", **options)
+    bias = options.pop("bias", None)
+    exact: dict[str, Any] = {**options, "bias": None if bias is None else bias.double()}
+    truth = linear_selective_log_softmax(
+        hidden.double(), weight.double(), index, return_entropy=True, impl="torch", **exact
+    )
+    for x, y in zip(got, truth, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=3e-5, equal_nan=True)
+
+
+def inputs(count: int, vocabulary: int, size: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    weight = rand(vocabulary, size, seed=2, scale=4.0 / math.sqrt(size)).to(dtype)
+    index = torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(3)).cuda()
+    return rand(count, size, seed=1).to(dtype), weight, index
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype, launches: list[int]) -> None:
+    check(*inputs(*shape, dtype))
+    assert launches == [shape[0]]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_options(softcap: float | None, bias: bool, launches: list[int]) -> None:
+    hidden, weight, index = inputs(300, 1_000, 128)
+    options: dict[str, Any] = {"softcap": softcap, "temperature": 0.7, "logit_scale": 1.3}
+    if bias:
+        options["bias"] = rand(1_000, seed=4)
+    check(hidden, weight, index, **options)
+    assert launches == [300]
+
+
+def test_words_that_a_bias_excludes(launches: list[int]) -> None:
+    hidden, weight, index = inputs(300, 1_000, 64)
+    bias = rand(1_000, seed=4)
+    bias[::3] = -math.inf
+    got = linear_selective_log_softmax(hidden, weight, index, bias=bias, return_entropy=True, impl="cuda")
+    logps = torch.log_softmax(hidden.double() @ weight.double().t() + bias.double(), -1)
+    expected = logps.gather(1, index[:, None]).squeeze(1)
+    torch.testing.assert_close(got[0].double(), expected, rtol=1e-5, atol=3e-5)
+    entropy = -(logps.exp() * logps.clamp(min=-1e4)).sum(-1)
+    torch.testing.assert_close(got[1].double(), entropy, rtol=1e-5, atol=3e-5)
+    assert launches == [300]
+
+
+def test_rows_that_are_sure_of_their_token(launches: list[int]) -> None:
+    """Log-probs near 0 keep their digits; others are tens of nats away, in whatever order the words come."""
+    hidden, weight, index = inputs(256, 3_000, 64)
+    hidden *= 8.0
+    hidden[::2] = weight[index[::2]] * 40.0
+    check(hidden, weight, index)
+    assert launches == [256]
+
+
+def test_ids_that_are_no_words_and_rows_that_do_not_count(launches: list[int]) -> None:
+    hidden, weight, index = inputs(300, 1_000, 64)
+    index[5], index[6] = -1, 1_000
+    mask = torch.arange(300, device="cuda") % 7 != 0
+    hidden[0] = math.nan
+    logps = linear_selective_log_softmax(hidden, weight, index, mask=mask, impl="cuda")
+    assert isinstance(logps, Tensor)
+    assert logps[5:7].isnan().all()
+    assert (logps[~mask] == 0).all()
+    assert logps[mask].isnan().sum() == 2
+    everything = linear_selective_log_softmax(hidden, weight, index, mask=mask, allow_sync=False, impl="cuda")
+    assert isinstance(everything, Tensor)
+    torch.testing.assert_close(everything, logps, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert launches == [int(mask.sum()), 300]
+
+
+def test_strided_states_and_rows_of_another_stride() -> None:
+    hidden, weight, index = inputs(60, 1_000, 64)
+    wide = rand(4, 15, 128, seed=5).bfloat16()
+    wide[..., :64] = hidden.view(4, 15, 64)
+    columns = rand(1_000, 72, seed=6).bfloat16()
+    columns[:, :64] = weight
+    check(wide[:, 1:, :64], columns[:, :64], index.view(4, 15)[:, 1:])
+
+
+def test_the_same_every_time_and_in_a_graph() -> None:
+    hidden, weight, index = inputs(700, 9_001, 128)
+
+    def run() -> Tensor:
+        options: dict[str, Any] = {"return_entropy": True, "allow_sync": False, "impl": "cuda"}
+        return torch.stack(list(linear_selective_log_softmax(hidden, weight, index, **options)))
+
+    first = run()
+    assert all(torch.equal(run(), first) for _ in range(3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    assert torch.equal(captured, first)
+
+
+# Gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_element_of_the_gradient(bias: bool, entropy: bool) -> None:
+    """Off by a rounding to bfloat16 and half of one, however small it is."""
+    from grpo_fast import cuda_linear
+
+    count, vocabulary = 300, 1_003
+    hidden, weight, index = inputs(count, vocabulary, 128)
+    hidden[::3] *= 6.0
+    index[7], index[11] = -1, vocabulary
+    offset = rand(vocabulary, seed=4) if bias else None
+    temperature, logit_scale = 0.8, 1.3
+    mask = torch.arange(count, device="cuda") % 9 != 4
+    d_logps, d_entropies = rand(2, count, seed=6)
+    d_logps[20:23] = d_entropies[20:23] = 0.0
+    options = temperature, logit_scale, None
+    found = cuda_linear.linear_logps_fwd(hidden, weight, offset, index, *options, True)
+    logps, entropies, shifts, totals = found
+    out = torch.full((count, 1_008), math.nan, device="cuda", dtype=torch.bfloat16)[:, :vocabulary]
+    upstream = d_logps, d_entropies if entropy else None
+    rest = logps, entropies, shifts, totals, *upstream, *options
+    cuda_linear.linear_logps_bwd(out, hidden, weight, offset, index, mask, *rest)
+
+    logits = hidden.double() @ weight.double().t() + (0.0 if offset is None else offset.double())
+    logits.requires_grad_()
+    logp = (logits * logit_scale / temperature).log_softmax(-1)
+    inside = (index >= 0) & (index < vocabulary)
+    chosen = logp.gather(1, index.clamp(0, vocabulary - 1)[:, None]).squeeze(1)
+    value = (d_logps * (mask & inside) * chosen).sum()
+    if entropy:
+        value = value - (d_entropies * mask * (logp.exp() * logp).sum(-1)).sum()
+    (truth,) = torch.autograd.grad(value, logits)
+    p = logp.detach().exp()
+    allowed = 1.02 * (2.0**-8 + 2.0**-9) * truth.abs() + 1e-12  # the result is rounded, and the exponential
+    if entropy:  # the exponential's again, in log p, which the entropy's gradient multiplies p with
+        allowed += 2.0**-8 * p * d_entropies.abs()[:, None]
+    error = (out.double() - truth).abs()
+    assert (error <= allowed).all(), f"{(error / allowed).max():.2f}"
+    assert (out[~mask] == 0).all()
+    assert (out[20:23] == 0).all()
+
+
+def test_rows_whose_token_is_all_but_impossible(launches: list[int]) -> None:
+    """So far below the likeliest that 16 bits of an exponential do not reach from one to the other."""
+    hidden, weight, index = inputs(64, 500, 64)
+    hidden *= 40.0
+    logits = hidden.double() @ weight.double().t()
+    index.copy_(logits.argmin(1))
+    index[::2] = logits.argmax(1)[::2]
+    assert ((logits.amax(1) - logits.gather(1, index[:, None]).squeeze(1)) > 140 * math.log(2)).sum() == 32
+    # Two elements a row, which are rounded alike.
+    check_loss(hidden, weight, index, within=4e-3)
+    assert launches
+
+
+def check_loss(hidden: Tensor, weight: Tensor, index: Tensor, within: float = 2.4e-3, **options: Any) -> None:
+    """Loss, log-probs and gradients of ``linear_grpo_loss`` against float64."""
+    count = index.numel()
+    batch: dict[str, Any] = {
+        "completion_ids": index[None],
+        "advantages": rand(1, count, seed=7),
+        "temperature": 0.9,
+        **{k: v for k, v in options.items() if k not in ("bias", "workspace_bytes")},
+    }
+    runs = []
+    for exact in (False, True):
+        leaves = [x.double() if exact else x for x in (hidden[None], weight, options.get("bias")) if x is not None]
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        extra = {} if exact else {"workspace_bytes": options.get("workspace_bytes")}
+        if len(leaves) > 2:
+            extra["bias"] = leaves[2]
+        out = linear_grpo_loss(*leaves[:2], **batch, **extra, impl="torch" if exact else "cuda")
+        runs.append((out, torch.autograd.grad(out.loss, leaves)))
+    (got, gradients), (truth, true_gradients) = runs
+    torch.testing.assert_close(got.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.logps.double(), truth.logps, rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(got.entropy.double(), truth.entropy, rtol=1e-5, atol=5e-5)
+    for x, y in zip(gradients, true_gradients, strict=True):
+        error = (x.double() - y).norm() / y.norm()
+        assert error < within, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("workspace", [None, 2 * 5_008 * 130], ids=["one section", "several"])
+@pytest.mark.parametrize("config", [{}, {"entropy_coef": 0.1}, {"loss_type": "cispo", "epsilon_high": 2.0}], ids=str)
+def test_loss(config: dict[str, Any], workspace: int | None, launches: list[int]) -> None:
+    hidden, weight, index = inputs(700, 5_001, 200)
+    options: dict[str, Any] = {"config": GRPOLossConfig(**config), "workspace_bytes": workspace}
+    check_loss(hidden, weight, index, bias=rand(5_001, seed=8).bfloat16(), **options)
+    assert launches == ([700] if workspace is None else [128] * 5 + [60])
+
+
+def test_gradients_that_need_more_digits_keep_the_logits(launches: list[int]) -> None:
+    check_loss(*inputs(300, 1_000, 64), softcap=9.0)
+    check_loss(*inputs(300, 1_000, 64, torch.float16), within=1e-3)
+    assert launches == []
+
+
+def test_rows_without_a_gradient(launches: list[int]) -> None:
+    """Those of groups with equal rewards are projected for the metrics, and no more."""
+    hidden, weight, index = inputs(300, 2_000, 64)
+    advantages = rand(1, 300, seed=7)
+    advantages[0, ::3] = 0.0
+    x, w = hidden[None].clone().requires_grad_(), weight.clone().requires_grad_()
+    out = linear_grpo_loss(x, w, index[None], advantages=advantages, impl="cuda")
+    out.loss.backward()
+    assert launches == [200, 100]
+    assert x.grad is not None
+    assert (x.grad[0, ::3] == 0).all()
+    truth = linear_grpo_loss(
+        hidden[None].double(), weight.double(), index[None], advantages=advantages.double(), impl="torch"
+    )
+    torch.testing.assert_close(out.logps.double(), truth.logps, rtol=1e-5, atol=3e-5)
+
+
+def test_cross_entropy(launches: list[int]) -> None:
+    hidden, weight, index = inputs(300, 2_000, 64)
+    index[::7] = -100
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    loss = linear_cross_entropy(*leaves, index, impl="cuda")
+    truth = linear_cross_entropy(*exact, index, impl="torch")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+    gradients = zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, exact), strict=True)
+    for x, y in gradients:
+        assert (x.double() - y).norm() < 2.4e-3 * y.norm()
+    assert launches == [257]
