@@ -183,9 +183,29 @@ cudaError_t linear_loss(const Head& head, const float4* partials, const LossOpti
 cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8_t* kept, const float* d_logps,
                           const float* d_entropies, float4* slopes, cudaStream_t stream);
 
-// The gradient of the logits, in bfloat16, over the exponentials. `tilted`: entropies have one too.
+// The gradient of the logits, in bfloat16, over the exponentials: of all rows, or of so many in `which`. `tilted`:
+// entropies have a gradient too.
 cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
-                            cudaStream_t stream);
+                            const int64_t* which, int count, cudaStream_t stream);
+
+// Rows of the gradient as their largest elements, in the order of the words.
+struct SparseRows {
+  int32_t* ids;     // (count, capacity)
+  float* values;    // as many
+  int32_t* counts;  // (count,); above the capacity where a row cannot be sparse
+  int capacity;
+};
+
+constexpr int kSparseWords = 262144;  // the most words of a row; MOST_WORDS in Python
+
+// `usual`: a scalar, how large the sampled tokens' elements are in the root mean square.
+cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
+                        const float* usual, float tolerance, const SparseRows& out, cudaStream_t stream);
+
+// out (rows, width), in bfloat16, or added to in float32: for each row the sum of values[e] times row columns[e] of a
+// bfloat16 matrix, over the entries e from starts[row] to starts[row + 1]. The width is a multiple of 8.
+cudaError_t sum_of_rows(const int64_t* starts, const int32_t* columns, const float* values, const Values& matrix,
+                        int64_t stride, int rows, int width, void* out, DType out_dtype, cudaStream_t stream);
 
 // Multiply rows in place by a scalar on the device; by 1 nothing is touched.
 cudaError_t scale_gradient(void* gradient, DType dtype, int64_t stride_b, int64_t stride_t, int count, int T, int V,

@@ -289,33 +289,75 @@ PYBIND11_MODULE(_C, m) {
         if (error != cudaSuccess) return code(error);
         error = gf::linear_statistics(head, exponentials, found, stream_of(stream));
         if (error != cudaSuccess) return code(error);
-        error = gf::linear_loss(head, found, loss.options, loss.plan, loss.tokens, loss.results,
-                                pointer<float4>(slopes), stream_of(stream));
-        if (error != cudaSuccess || exponentials.values == nullptr) return code(error);
-        return code(gf::linear_gradient(head, exponentials, pointer<const float4>(slopes), loss.entropy_bonus(),
-                                        stream_of(stream)));
+        return code(gf::linear_loss(head, found, loss.options, loss.plan, loss.tokens, loss.results,
+                                    pointer<float4>(slopes), stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("loss"),
       py::arg("partials"), py::arg("slopes"));
 
   m.def(
-      "linear_log_probs_gradient",
-      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address kept,
-         Address logps, Address entropies, Address shifts, Address totals, Address d_logps, Address d_entropies,
-         Address slopes) -> int {
+      "linear_slopes",
+      [](int device, Address stream, const gf::Head& head, Address kept, Address logps, Address entropies,
+         Address shifts, Address totals, Address d_logps, Address d_entropies, Address slopes) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
-        const cudaError_t error = gf::linear_slopes(
+        return code(gf::linear_slopes(
             head, {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
             pointer<const std::uint8_t>(kept), pointer<const float>(d_logps), pointer<const float>(d_entropies),
-            pointer<float4>(slopes), stream_of(stream));
-        if (error != cudaSuccess) return code(error);
-        return code(gf::linear_gradient(head, exponentials, pointer<const float4>(slopes), d_entropies != 0,
-                                        stream_of(stream)));
+            pointer<float4>(slopes), stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("kept"), py::arg("logps"),
-      py::arg("entropies"), py::arg("shifts"), py::arg("totals"), py::arg("d_logps"), py::arg("d_entropies"),
-      py::arg("slopes"));
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("kept"), py::arg("logps"), py::arg("entropies"),
+      py::arg("shifts"), py::arg("totals"), py::arg("d_logps"), py::arg("d_entropies"), py::arg("slopes"));
+
+  m.def(
+      "linear_gradient",
+      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address slopes,
+         bool tilted, Address which, int count) -> int {
+        want(count >= 1 && count <= head.count, "count", count, "1 or more rows, and no more than there are");
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return code(on.error());
+        return code(gf::linear_gradient(head, exponentials, pointer<const float4>(slopes), tilted,
+                                        pointer<const std::int64_t>(which), count, stream_of(stream)));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("slopes"),
+      py::arg("tilted"), py::arg("which"), py::arg("count"));
+
+  m.def(
+      "sparse_rows",
+      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address slopes,
+         bool tilted, Address usual, float tolerance, Address ids, Address values, Address counts,
+         int capacity) -> int {
+        want(head.V <= gf::kSparseWords, "V", head.V, "262144 or less");
+        want(capacity >= 1, "capacity", capacity, "1 or more");
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return code(on.error());
+        return code(gf::sparse_rows(
+            head, exponentials, pointer<const float4>(slopes), tilted, pointer<const float>(usual), tolerance,
+            {pointer<std::int32_t>(ids), pointer<float>(values), pointer<std::int32_t>(counts), capacity},
+            stream_of(stream)));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("slopes"),
+      py::arg("tilted"), py::arg("usual"), py::arg("tolerance"), py::arg("ids"), py::arg("values"), py::arg("counts"),
+      py::arg("capacity"));
+
+  m.def(
+      "sum_of_rows",
+      [](int device, Address stream, Address starts, Address columns, Address weights, Tensor matrix,
+         std::int64_t stride, int rows, int width, Tensor out) -> int {
+        want(values(matrix).dtype == gf::DType::kBFloat16, "matrix's dtype", matrix.second, "1 (bfloat16)");
+        want(matrix.first % 16 == 0 && stride % 8 == 0, "matrix's stride", stride, "rows at multiples of 16 bytes");
+        want(width >= 8 && width % 8 == 0, "width", width, "a multiple of 8");
+        want(values(out).dtype == gf::DType::kFloat32 || values(out).dtype == gf::DType::kBFloat16, "out's dtype",
+             out.second, "0 (float32) or 1 (bfloat16)");
+        want(rows >= 1, "rows", rows, "1 or more");
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return code(on.error());
+        return code(gf::sum_of_rows(pointer<const std::int64_t>(starts), pointer<const std::int32_t>(columns),
+                                    pointer<const float>(weights), values(matrix), stride, rows, width,
+                                    pointer<void>(out.first), values(out).dtype, stream_of(stream)));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("starts"), py::arg("columns"), py::arg("weights"),
+      py::arg("matrix"), py::arg("stride"), py::arg("rows"), py::arg("width"), py::arg("out"));
 
   m.def(
       "log_probs_gradient",

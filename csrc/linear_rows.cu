@@ -66,11 +66,12 @@ cudaError_t launch_by_row(Kernel* kernel, const Head& head, cudaStream_t stream,
   return cudaGetLastError();
 }
 
-// Block (n, slice): each exponential is read once and the gradient written in its place.
+// Block (n, slice), of all rows or of those in `which`: each exponential is read once and the gradient written in its
+// place.
 template <bool kTilt>
 __global__ void __launch_bounds__(kThreads)
-    gradient_kernel(const Head head, const Exponentials exponentials, const Slopes* all) {
-  const int n = blockIdx.x, vectors = (head.V + 7) / 8;
+    gradient_kernel(const Head head, const Exponentials exponentials, const Slopes* all, const int64_t* which) {
+  const int n = which == nullptr ? blockIdx.x : static_cast<int>(which[blockIdx.x]), vectors = (head.V + 7) / 8;
   const float inner = head.options.slope * kLog2e;
   const Slopes slopes = all[n];
   const float up = exponentials.bases[n] - slopes.shift, factor = exp2f(up);
@@ -129,13 +130,13 @@ cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8
 }
 
 cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
-                            cudaStream_t stream) {
+                            const int64_t* which, int count, cudaStream_t stream) {
   if (head.hidden.dtype != DType::kBFloat16) return cudaErrorInvalidValue;
   const auto kernel = tilted ? gradient_kernel<true> : gradient_kernel<false>;
   const int a_block = kThreads * kVectorsAThread * 8;
   const int slices = static_cast<int>((int64_t(head.V) + a_block - 1) / a_block);
-  const dim3 grid(head.count, slices < 65535 ? slices : 65535);
-  kernel<<<grid, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes));
+  const dim3 grid(count, slices < 65535 ? slices : 65535);
+  kernel<<<grid, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), which);
   return cudaGetLastError();
 }
 

@@ -165,12 +165,11 @@ def linear_loss_rows(
     partials: int,
     slopes: int,
 ) -> int: ...
-def linear_log_probs_gradient(
+def linear_slopes(
     *,
     device: int,
     stream: int,
     head: Head,
-    exponentials: Exponentials,
     kept: int,
     logps: int,
     entropies: int,
@@ -179,6 +178,45 @@ def linear_log_probs_gradient(
     d_logps: int,
     d_entropies: int,
     slopes: int,
+) -> int: ...
+def linear_gradient(
+    *,
+    device: int,
+    stream: int,
+    head: Head,
+    exponentials: Exponentials,
+    slopes: int,
+    tilted: bool,
+    which: int,
+    count: int,
+) -> int: ...
+def sparse_rows(
+    *,
+    device: int,
+    stream: int,
+    head: Head,
+    exponentials: Exponentials,
+    slopes: int,
+    tilted: bool,
+    usual: int,
+    tolerance: float,
+    ids: int,
+    values: int,
+    counts: int,
+    capacity: int,
+) -> int: ...
+def sum_of_rows(
+    *,
+    device: int,
+    stream: int,
+    starts: int,
+    columns: int,
+    weights: int,
+    matrix: _Tensor,
+    stride: int,
+    rows: int,
+    width: int,
+    out: _Tensor,
 ) -> int: ...
 def log_probs_gradient(
     *,

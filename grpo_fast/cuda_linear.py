@@ -6,12 +6,13 @@ What the gradient needs of them is kept in 16 bits each, where the gradient then
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast import _C
+from grpo_fast import _C, cuda
 from grpo_fast.cuda import address, check, logit_options, make_loss, stream, values
 
 
@@ -41,7 +42,7 @@ def linear_logps_fwd(
     bias = None if bias is None else bias.float()
     logps, shifts, totals = hidden.new_empty(3, hidden.size(0), dtype=torch.float32).unbind()
     entropies = torch.empty_like(logps) if return_entropy else logps.new_empty(0)
-    partials = _partials(hidden)
+    *_, partials = _buffers(hidden)
     error = _C.linear_log_probs(
         device=hidden.device.index,
         stream=stream(hidden),
@@ -55,6 +56,66 @@ def linear_logps_fwd(
     )
     check(error, "linear_selective_log_softmax", hidden)
     return logps, entropies, shifts, totals
+
+
+@dataclass(frozen=True)
+class Exponentials:
+    """What a product left of rows of logits, and the slopes that make their gradient of it."""
+
+    memory: Tensor  # (N, V), in whose place the gradient goes
+    hidden: Tensor
+    head: _C.Head
+    native: _C.Exponentials
+    slopes: Tensor
+    tilted: bool  # whether entropies have a gradient
+    held: tuple[Tensor | None, ...]  # what else kernels read
+
+    def gradient(self, which: Tensor | None = None) -> None:
+        """Turn the exponentials into the gradient of the logits, of all rows or those of these numbers.
+
+        Raises:
+            RuntimeError: The kernel was not launched.
+        """
+        error = _C.linear_gradient(
+            device=self.hidden.device.index,
+            stream=stream(self.hidden),
+            head=self.head,
+            exponentials=self.native,
+            slopes=self.slopes.data_ptr(),
+            tilted=self.tilted,
+            which=address(which),
+            count=self.hidden.size(0) if which is None else which.numel(),
+        )
+        check(error, "the gradient of the logits", self.hidden)
+
+    def sparse(self, tolerance: float, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids (N, capacity), values, counts (N,)): the largest elements of each row of the gradient, by word.
+
+        A row whose count is above the capacity is not there.
+
+        Raises:
+            RuntimeError: The kernel was not launched.
+        """
+        N = self.hidden.size(0)
+        usual = self.slopes[:, 3].square().mean().sqrt()  # of the sampled tokens' elements
+        ids = self.hidden.new_empty(N, capacity, dtype=torch.int32)
+        values, counts = torch.empty_like(ids, dtype=torch.float32), ids.new_empty(N)
+        error = _C.sparse_rows(
+            device=self.hidden.device.index,
+            stream=stream(self.hidden),
+            head=self.head,
+            exponentials=self.native,
+            slopes=self.slopes.data_ptr(),
+            tilted=self.tilted,
+            usual=usual.data_ptr(),
+            tolerance=tolerance,
+            ids=ids.data_ptr(),
+            values=values.data_ptr(),
+            counts=counts.data_ptr(),
+            capacity=capacity,
+        )
+        check(error, "the sparse gradient of the logits", self.hidden)
+        return ids, values, counts
 
 
 def linear_logps_bwd(
@@ -73,35 +134,26 @@ def linear_logps_bwd(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-) -> None:
-    """The gradient of the logits to ``out`` (N, V), from upstream ones of what ``linear_logps_fwd`` returned.
+) -> Exponentials:
+    """What the gradient of the logits follows from, in ``out`` (N, V), by the gradients of ``linear_logps_fwd``.
 
     Raises:
         RuntimeError: A kernel was not launched.
     """
     bias = None if bias is None else bias.float()
-    N = hidden.size(0)
-    bases, slopes, partials = (hidden.new_empty(N, k, dtype=torch.float32) for k in (1, 4, 4 * _lanes(hidden)))
     head = _head(hidden, weight, bias, index, temperature, logit_scale, softcap)
-    exponentials = _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=bases.data_ptr())
-    device = hidden.device.index
+    bases, slopes, partials = _buffers(hidden)
+    native = _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=bases.data_ptr())
+    device, name = hidden.device.index, "linear_selective_log_softmax"
+    none = dict.fromkeys(("logps", "entropies", "shifts", "totals"), 0)
     error = _C.linear_log_probs(
-        device=device,
-        stream=stream(hidden),
-        head=head,
-        exponentials=exponentials,
-        partials=partials.data_ptr(),
-        logps=0,
-        entropies=0,
-        shifts=0,
-        totals=0,
+        device=device, stream=stream(hidden), head=head, exponentials=native, partials=partials.data_ptr(), **none
     )
-    check(error, "linear_selective_log_softmax", hidden)
-    error = _C.linear_log_probs_gradient(
+    check(error, name, hidden)
+    error = _C.linear_slopes(
         device=device,
         stream=stream(hidden),
         head=head,
-        exponentials=exponentials,
         kept=address(mask),
         logps=logps.data_ptr(),
         entropies=address(entropies),
@@ -111,7 +163,8 @@ def linear_logps_bwd(
         d_entropies=address(d_entropies),
         slopes=slopes.data_ptr(),
     )
-    check(error, "linear_selective_log_softmax", hidden)
+    check(error, name, hidden)
+    return Exponentials(out, hidden, head, native, slopes, d_entropies is not None, (bias, bases, weight, index))
 
 
 def linear_loss_rows(
@@ -125,44 +178,76 @@ def linear_loss_rows(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    entropy_coef: float,
     **options: Any,
-) -> None:
+) -> Exponentials | None:
     """``cuda.grpo_loss_rows`` of one sequence from its hidden states (N, H), its further arguments as there.
 
-    ``out`` is (N, V), for the gradient of the logits in the precision of the head.
+    Where ``out`` (N, V) is given, what the gradient of the logits follows from is left there.
 
     Raises:
         RuntimeError: A kernel was not launched.
     """
     bias = None if bias is None else bias.float()
-    N = hidden.size(0)
-    bases, slopes, partials = (hidden.new_empty(N, k, dtype=torch.float32) for k in (1, 4, 4 * _lanes(hidden)))
-    loss, _memory = make_loss(rows, None, 1, N, completion_ids, *inputs, **options)
-    exponentials = _C.Exponentials(values=0, stride=0, bases=0)
+    bases, slopes, partials = _buffers(hidden)
+    loss, _memory = make_loss(
+        rows, None, 1, hidden.size(0), completion_ids, *inputs, entropy_coef=entropy_coef, **options
+    )
+    head = _head(hidden, weight, bias, completion_ids, temperature, logit_scale, softcap)
+    native = _C.Exponentials(values=0, stride=0, bases=0)
     if out is not None:
-        exponentials = _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=bases.data_ptr())
+        native = _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=bases.data_ptr())
     error = _C.linear_loss_rows(
         device=hidden.device.index,
         stream=stream(hidden),
-        head=_head(hidden, weight, bias, completion_ids, temperature, logit_scale, softcap),
-        exponentials=exponentials,
+        head=head,
+        exponentials=native,
         loss=loss,
         partials=partials.data_ptr(),
         slopes=slopes.data_ptr(),
     )
     check(error, "linear_grpo_loss", hidden)
+    if out is None:
+        return None
+    held = bias, bases, weight, completion_ids
+    return Exponentials(out, hidden, head, native, slopes, entropy_coef != 0.0, held)
+
+
+def sum_of_rows(out: Tensor, starts: Tensor, columns: Tensor, values: Tensor, matrix: Tensor) -> None:
+    """Row r of ``out`` (R, H) from the sum of ``values[e] * matrix[columns[e]]``, starts[r] <= e < starts[r + 1].
+
+    Args:
+        out: bfloat16 to be written, or float32 to be added to; contiguous.
+        starts: (R + 1,) int64.
+        columns, values: (entries,) int32 and float32.
+        matrix: (any, H) bfloat16, rows at multiples of 16 bytes.
+
+    Raises:
+        RuntimeError: The kernel was not launched.
+    """
+    error = _C.sum_of_rows(
+        device=out.device.index,
+        stream=stream(out),
+        starts=starts.data_ptr(),
+        columns=columns.data_ptr(),
+        weights=values.data_ptr(),
+        matrix=cuda.values(matrix),
+        stride=matrix.stride(0),
+        rows=out.size(0),
+        width=out.size(1),
+        out=cuda.values(out),
+    )
+    check(error, "the sum of rows", out)
 
 
 def _multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _lanes(hidden: Tensor) -> int:
-    return _C.linear_lanes(hidden.size(0), _multiprocessors(hidden))
-
-
-def _partials(hidden: Tensor) -> Tensor:
-    return hidden.new_empty(_lanes(hidden), hidden.size(0), 4, dtype=torch.float32)
+def _buffers(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Of float32: a base and four slopes a row, and what each lane of the product finds of it."""
+    lanes = _C.linear_lanes(hidden.size(0), _multiprocessors(hidden))
+    return tuple(hidden.new_empty(hidden.size(0), k, dtype=torch.float32) for k in (1, 4, 4 * lanes))
 
 
 def _head(

@@ -168,7 +168,7 @@ def test_every_element_of_the_gradient(bias: bool, entropy: bool) -> None:
     out = torch.full((count, 1_008), math.nan, device="cuda", dtype=torch.bfloat16)[:, :vocabulary]
     upstream = d_logps, d_entropies if entropy else None
     rest = logps, entropies, shifts, totals, *upstream, *options
-    cuda_linear.linear_logps_bwd(out, hidden, weight, offset, index, mask, *rest)
+    cuda_linear.linear_logps_bwd(out, hidden, weight, offset, index, mask, *rest).gradient()
 
     logits = hidden.double() @ weight.double().t() + (0.0 if offset is None else offset.double())
     logits.requires_grad_()

@@ -39,6 +39,8 @@ LOGITS_SHARE = 4
 #: Matrix products work in tiles. Sections are a multiple of this many rows if there are so many, and chunks of three
 #: times as many: cuBLAS has a good tiling for each multiple of 384, and for some others only one that is 20 % slower.
 TILE_ROWS = 128
+#: If a larger share of a section's rows cannot be sparse, all of them are dense.
+DENSE_SHARE = 0.5
 #: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
 PASSING_ROWS = 9 * TILE_ROWS
 LAUNCH_ROWS = 64 * TILE_ROWS
@@ -192,6 +194,7 @@ class ChunkedHead:
         scale: A scalar that the gradients of the logits come multiplied by, so that they do not underflow.
         group: Of ranks that have a shard of the vocabulary each, over which the gradient of ``hidden`` is added up.
         keeps_logits: Whether there are logits in memory.
+        sparse: Whether some gradients come as sparse rows, from ``add_sparse_rows``.
     """
 
     def __init__(
@@ -205,6 +208,7 @@ class ChunkedHead:
         scale: Tensor | None = None,
         group: str | None = None,
         keeps_logits: bool = True,
+        sparse: bool = False,
     ) -> None:
         V, H = weight.shape
         hidden = states.hidden
@@ -218,7 +222,9 @@ class ChunkedHead:
         width = -(-V // 8) * 8
         self._chunk_rows = self._section_rows = max(workspace_bytes // (4 * width), 1)
         if not keeps_logits:
-            self._section_rows = max(workspace_bytes // (self.dtype.itemsize * width), 1)
+            # Of rows that are to be sparse, those that cannot be are copied.
+            share = 1.0 + DENSE_SHARE if sparse else 1.0
+            self._section_rows = max(int(workspace_bytes / (self.dtype.itemsize * width * share)), 1)
             self._chunk_rows = max(self._section_rows, LAUNCH_ROWS)
         elif rows.live == 0:
             self._chunk_rows = min(self._chunk_rows, PASSING_ROWS)
@@ -246,6 +252,7 @@ class ChunkedHead:
             make = hidden.new_empty if rows.live == rows.count else hidden.new_zeros
             dtype = gradient_dtype(hidden) if group is None else torch.float32
             self._d_hidden = make(rows.count, H, dtype=dtype)
+        self.needs = needs
         self._weight_dtype = gradient_dtype(weight)
         self._weight_grad_out = weight_grad_out
         self._weight_has_values = weight_grad_out is not None
@@ -254,7 +261,8 @@ class ChunkedHead:
         elif needs.weight:
             # Added up in float32, unless one product gives it all.
             direct = rows.live <= self._section_rows and self._weight_dtype == self.dtype
-            self._d_weight = weight.new_empty(V, H, dtype=self._weight_dtype if direct else torch.float32)
+            if not sparse:
+                self._d_weight = weight.new_empty(V, H, dtype=self._weight_dtype if direct else torch.float32)
         if needs.bias:
             self._d_bias = weight.new_zeros(V, dtype=torch.float32)
 
@@ -279,6 +287,10 @@ class ChunkedHead:
         """(n, H), in the precision of the product."""
         return self._x[self._within_section(rows)]
 
+    def all_states(self) -> Tensor:
+        """(live, H), those of every row with a gradient."""
+        return self._states[slice(0, self.rows.live)]
+
     def logits(self, rows: slice) -> Tensor:
         """(n, V) float32, in memory that the next call uses again."""
         logits = self._logits[: _length(rows)]
@@ -291,37 +303,62 @@ class ChunkedHead:
         """(n, V), where the gradient of the logits of these rows is to be written."""
         return self._gradient[self._within_section(rows)]
 
-    def backpropagate(self, rows: slice) -> None:
-        """Take the gradients of a section to hidden states, weight and bias, when these rows are its last."""
+    def backpropagate(self, rows: slice, which: Tensor | None = None) -> None:
+        """Take the gradients of a section to hidden states, weight and bias, when these rows are its last.
+
+        Of a section that is a chunk, only those of ``which`` rows, if given.
+        """
         if rows.stop < self._section.stop:
             return
-        gradient = self._gradient[: _length(self._section)]
+        gradient, x = self._gradient[: _length(self._section)], self._x
+        if which is not None:
+            gradient, x = gradient.index_select(0, which), x.index_select(0, which)
         if self._d_hidden is not None:
-            self._backpropagate_to_hidden(gradient, self._d_hidden)
+            self._backpropagate_to_hidden(gradient, self._d_hidden, which)
             if self._section.stop == self.rows.live:
                 self._reduce_hidden()  # while the last section's product with the weight is computed
-        if self._d_weight is not None:
+        if self.needs.weight:
+            if self._d_weight is None:
+                self._d_weight = torch.empty_like(self.weight, dtype=torch.float32)
             if self._weight_has_values:
-                add_product(gradient.t(), self._x, self._d_weight)
+                add_product(gradient.t(), x, self._d_weight)
             else:
-                product(gradient.t(), self._x, self._d_weight)
+                product(gradient.t(), x, self._d_weight)
             self._weight_has_values = True
         if self._d_bias is not None:
             self._d_bias += gradient.sum(0, dtype=torch.float32)
 
-    def _backpropagate_to_hidden(self, gradient: Tensor, d_hidden: Tensor) -> None:
-        index = self.rows.index
-        if index is None and self._scale is None and d_hidden.dtype in (self.dtype, torch.float32):
-            return product(gradient, self.weight, d_hidden[self._section])
-        d_rows = gradient.new_empty(gradient.size(0), d_hidden.size(1), dtype=torch.float32)
-        product(gradient, self.weight, d_rows)
-        if self._scale is not None:
-            d_rows /= self._scale
-        if index is None:
-            d_hidden[self._section] = d_rows
+    def _backpropagate_to_hidden(self, gradient: Tensor, d_hidden: Tensor, which: Tensor | None) -> None:
+        in_place = which is None and self.rows.index is None and self._scale is None
+        if in_place and d_hidden.dtype in (self.dtype, torch.float32):
+            product(gradient, self.weight, d_hidden[self._section])
         else:
-            d_hidden.index_copy_(0, index[self._section], d_rows.to(d_hidden.dtype))
-        return None
+            d_rows = gradient.new_empty(gradient.size(0), d_hidden.size(1), dtype=torch.float32)
+            product(gradient, self.weight, d_rows)
+            if self._scale is not None:
+                d_rows /= self._scale
+            self.put_hidden(self._section, d_rows, which)
+
+    def put_hidden(self, rows: slice, d_rows: Tensor, which: Tensor | None = None) -> None:
+        """Set the gradient of the hidden states of ``rows``, or of ``which`` of them."""
+        assert self._d_hidden is not None
+        d_rows, index = d_rows.to(self._d_hidden.dtype), self.rows.index
+        if index is not None:
+            self._d_hidden.index_copy_(0, index[rows] if which is None else index[rows][which], d_rows)
+        elif which is not None:
+            self._d_hidden.index_copy_(0, which + rows.start, d_rows)
+        else:
+            self._d_hidden[rows] = d_rows
+
+    def sparse_totals(self) -> tuple[Tensor | None, Tensor | None]:
+        """Where the sparse rows, all of them, add to the gradients of weight and bias in float32.
+
+        Where nothing else does, the weight's is to be written as it is handed out.
+        """
+        if self.needs.weight and self._d_weight is None:
+            self._d_weight = torch.empty_like(self.weight, dtype=self._weight_dtype)
+            self._weight_has_values = True
+        return self._d_weight, self._d_bias
 
     def _reduce_hidden(self) -> None:
         """Begin to add up the hidden states' gradient over the group.

@@ -14,6 +14,7 @@ from grpo_fast.ops._known_gradient import KnownGradientFunction
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._library import mutating_op, overwritten
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
+from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._token_loss import METRICS
 
 #: What a row leaves behind: log-prob, entropy, weighted loss, KL, ratio, clip.
@@ -66,6 +67,7 @@ def linear_token_loss(
     workspace_bytes: int,
     allow_sync: bool,
     label_smoothing: float,
+    sparse_grad_tol: float | None,
     term: str,
     low: float,
     high: float,
@@ -102,8 +104,17 @@ def linear_token_loss(
             kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient=rows.live > 0
         )
         head = ChunkedHead(
-            states, weight, bias, wants, workspace_bytes, weight_grad_out, scale, keeps_logits=linear is None
+            states,
+            weight,
+            bias,
+            wants,
+            workspace_bytes,
+            weight_grad_out,
+            scale,
+            keeps_logits=linear is None,
+            sparse=sparse_grad_tol is not None,
         )
+        sparse = sparse_gradient(head, linear, sparse_grad_tol)
         inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)
         per_token = [None if x is None else rows.take(x) for x in inputs]
         results = weight.new_zeros(ROW_RESULTS, rows.total, dtype=torch.float32)
@@ -149,7 +160,13 @@ def linear_token_loss(
             )
             gradient = head.gradient(part) if has_gradient else None
             if linear is not None:
-                linear.loss_rows(found, gradient, head.states(part), head.weight, bias, *rest, **options)
+                left = linear.loss_rows(found, gradient, head.states(part), head.weight, bias, *rest, **options)
+                if sparse is not None and gradient is not None:
+                    sparse.backpropagate(part, left)
+                elif gradient is not None:
+                    left.gradient()
+                    head.backpropagate(part)
+                del left
             else:
                 logits = head.logits(part)
                 labels = as_address(ids, logits.size(1)) if label_smoothing else ids
@@ -161,10 +178,12 @@ def linear_token_loss(
                     results[2, part] += spread
                     if gradient is not None:
                         add_gradient_above_mean(gradient, labels, smoothing)
+                if gradient is not None:
+                    head.backpropagate(part)
                 del logits, rows_of_gradient
-            if gradient is not None:
-                head.backpropagate(part)
             del gradient  # the memory is the head's, to give back in finish()
+        if sparse is not None:
+            sparse.finish()
         if scale is not None:
             results[2] /= scale
         return rows.spread(results), *head.finish()

@@ -18,6 +18,7 @@ class LinearKernels(NamedTuple):
     loss_rows: Callable[..., Any]
     logps: Callable[..., Any]
     logps_backward: Callable[..., Any]
+    sum_of_rows: Callable[..., Any]  # a product with sparse rows
 
 
 class RowKernels(NamedTuple):
@@ -47,6 +48,7 @@ def row_kernels(impl: str) -> RowKernels:
                 cuda_linear.linear_loss_rows,
                 cuda_linear.linear_logps_fwd,
                 cuda_linear.linear_logps_bwd,
+                cuda_linear.sum_of_rows,
             ),
         )
     assert impl == "triton", impl

@@ -12,6 +12,7 @@ from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import FLOATS, IDS, Shapes, check_choice, check_logits_options, check_positive
 from grpo_fast.ops._chunks import check_workspace, wanted
 from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss
+from grpo_fast.ops._sparse import check_sparse_grad_tol
 from grpo_fast.ops._token_loss import term_options
 from grpo_fast.ops._vocabulary_parallel import local_shards
 from grpo_fast.ops.linear_selective_log_softmax import as_rows, check_head, linear_logps, most_precise
@@ -38,6 +39,7 @@ def linear_cross_entropy(
     weight_grad_out: Tensor | None = None,
     workspace_bytes: int | None = None,
     allow_sync: bool = True,
+    sparse_grad_tol: float | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -58,6 +60,7 @@ def linear_cross_entropy(
         num_items_in_batch: With ``"mean"``, the number to divide by instead, a number or a 0-d tensor.
         temperature, logit_scale, softcap, impl: As in ``selective_log_softmax``.
         weight_grad_out, workspace_bytes, allow_sync: As in ``linear_grpo_loss``; the first needs a reduction.
+        sparse_grad_tol: As in ``linear_grpo_loss``.
         process_group: ``weight`` and ``bias`` are this rank's shard of the vocabulary, as in
             ``linear_selective_log_softmax``. There is then no sweep: it is that op, without ``label_smoothing``.
 
@@ -87,11 +90,21 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing: got {label_smoothing} with a process_group, want 0")
     in_one_sweep = implementation != "torch" and group is None and reduction != "none"
     check_weight_grad_out(shapes, weight_grad_out, possible=in_one_sweep)
+    check_sparse_grad_tol(
+        sparse_grad_tol,
+        hidden,
+        weight,
+        impl=implementation,
+        allow_sync=allow_sync,
+        softcap=softcap,
+        label_smoothing=label_smoothing,
+        process_group=group,
+    )
 
     mask = labels != ignore_index
     logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     chunk_options: dict[str, Any] = dict(workspace_bytes=workspace, allow_sync=allow_sync, impl=implementation)
-    chunk_options["label_smoothing"] = label_smoothing
+    chunk_options |= {"label_smoothing": label_smoothing, "sparse_grad_tol": sparse_grad_tol}
     if not in_one_sweep:
         logps, _ = linear_logps(
             hidden, weight, labels, bias=bias, mask=mask, group=group, **logits_options, **chunk_options

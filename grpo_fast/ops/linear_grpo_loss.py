@@ -14,6 +14,7 @@ from grpo_fast.ops._checks import Shapes, check_choice, check_logits_options
 from grpo_fast.ops._chunks import check_workspace, wanted
 from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss, sum_rows
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
+from grpo_fast.ops._sparse import check_sparse_grad_tol
 from grpo_fast.ops._token_loss import name_results, term_options, threshold_tensor
 from grpo_fast.ops._vocabulary_parallel import local_shards
 from grpo_fast.ops.linear_selective_log_softmax import as_rows, check_head, linear_logps, most_precise
@@ -54,6 +55,7 @@ def linear_grpo_loss(
     weight_grad_out: Tensor | None = None,
     workspace_bytes: int | None = None,
     allow_sync: bool = True,
+    sparse_grad_tol: float | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> GRPOLossOutput:
@@ -91,6 +93,11 @@ def linear_grpo_loss(
             ``weight_grad_out`` is given. The ``"torch"`` implementation has chunks of its own.
         allow_sync: The host waits for the GPU to learn how many tokens count. If it may not, or while a CUDA graph is
             captured, every token is projected; the result is the same.
+        sparse_grad_tol: What the gradient of the logits may lose in the L2 norm, relative to itself: from 1e-4 to
+            0.1, or None for nothing. Of each row the smallest elements are dropped, up to this share of the row's
+            norm or of the usual row's. Rows that then have few elements left enter sparse products, whose cost is
+            that of the elements; the others, and all if most are like them, the usual ones. Loss, log-probs and
+            metrics are exact all the same. On Hopper, in bfloat16, without a softcap; see docs/sparse.md.
         process_group: ``weight``, ``bias``, ``ref_weight`` and ``ref_bias`` are this rank's shards of the vocabulary,
             as in ``linear_selective_log_softmax``; the other arguments and the results are the same on every rank of
             the group. Every loss then takes the product more, in the backward, and there is no ``weight_grad_out``.
@@ -134,6 +141,15 @@ def linear_grpo_loss(
     implementation = backend.choose("linear_grpo_loss", impl, most_precise(hidden, weight))
     fused = implementation != "torch" and group is None and batch.is_known_by_token()
     check_weight_grad_out(shapes, weight_grad_out, possible=fused)
+    check_sparse_grad_tol(
+        sparse_grad_tol,
+        hidden,
+        weight,
+        impl=implementation,
+        allow_sync=allow_sync,
+        softcap=softcap,
+        process_group=group,
+    )
 
     logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     chunk_options: dict[str, Any] = dict(workspace_bytes=workspace, allow_sync=allow_sync, impl=implementation)
@@ -151,6 +167,7 @@ def linear_grpo_loss(
                 **logits_options,
                 **chunk_options,
             )[0]
+    chunk_options["sparse_grad_tol"] = sparse_grad_tol
     if fused:
         return _fused(hidden, weight, bias, batch, metrics, weight_grad_out, logits_options, chunk_options)
 

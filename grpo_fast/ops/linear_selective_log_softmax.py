@@ -13,6 +13,7 @@ from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, chec
 from grpo_fast.ops._chunks import ChunkedHead, HiddenRows, Needs, Rows, check_workspace, may_wait
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
+from grpo_fast.ops._sparse import check_sparse_grad_tol, sparse_gradient
 from grpo_fast.ops._vocabulary_parallel import (
     local_shards,
     merge_rows,
@@ -36,6 +37,7 @@ def linear_selective_log_softmax(
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
     allow_sync: bool = True,
+    sparse_grad_tol: float | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,6 +58,7 @@ def linear_selective_log_softmax(
             ``"torch"`` implementation has chunks of its own.
         allow_sync: The host waits for the GPU to learn how many positions the mask keeps. If it may not, or while a
             CUDA graph is captured, every position is projected; the result is the same.
+        sparse_grad_tol: As in ``linear_grpo_loss``, for the backward.
         process_group: ``weight`` and ``bias`` are this rank's shard of the vocabulary, a contiguous part in the order
             of the ranks, of any size. The other arguments are the same on every rank, ``index`` in ids of the whole
             vocabulary, and so are the results. The gradient of ``hidden`` is that of the whole vocabulary, added up
@@ -80,6 +83,16 @@ def linear_selective_log_softmax(
     shapes.optional("mask", mask, token_dims, dtypes=MASKS)
     check_logits_options(temperature, logit_scale, softcap)
     workspace = check_workspace(workspace_bytes)
+    implementation = backend.choose("linear_selective_log_softmax", impl, most_precise(hidden, weight))
+    check_sparse_grad_tol(
+        sparse_grad_tol,
+        hidden,
+        weight,
+        impl=implementation,
+        allow_sync=allow_sync,
+        softcap=softcap,
+        process_group=group,
+    )
     logps, entropy = linear_logps(
         hidden,
         weight,
@@ -92,7 +105,8 @@ def linear_selective_log_softmax(
         return_entropy=return_entropy,
         workspace_bytes=workspace,
         allow_sync=allow_sync,
-        impl=backend.choose("linear_selective_log_softmax", impl, most_precise(hidden, weight)),
+        sparse_grad_tol=sparse_grad_tol,
+        impl=implementation,
         group=group,
     )
     return (logps, entropy) if return_entropy else logps
@@ -134,6 +148,7 @@ def linear_logps(
     impl: str,
     return_entropy: bool = False,
     label_smoothing: float = 0.0,
+    sparse_grad_tol: float | None = None,
     group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logps, entropy) by ``impl``, over arguments that are checked; the entropy may be empty unless asked for.
@@ -164,6 +179,7 @@ def linear_logps(
         allow_sync,
         impl,
         group,
+        sparse_grad_tol,
     )
     return logps.view(index.shape), entropy.view(index.shape) if return_entropy else entropy
 
@@ -194,6 +210,7 @@ def _linear_logps(
     allow_sync: bool,
     impl: str,
     group: str | None,
+    sparse_grad_tol: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logps, entropy, shift, total), (N,) each, of ``hidden`` (B, T, H); the last two are for the backward.
 
@@ -279,6 +296,7 @@ def _linear_logps_backward(
     allow_sync: bool,
     impl: str,
     group: str | None,
+    sparse_grad_tol: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias); rows that nothing flows back to are not projected again."""
     kernels = row_kernels(impl)
@@ -293,8 +311,16 @@ def _linear_logps_backward(
             kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient=True
         )
         head = ChunkedHead(
-            states, weight, bias, Needs(*needs), workspace_bytes, group=group, keeps_logits=linear is None
+            states,
+            weight,
+            bias,
+            Needs(*needs),
+            workspace_bytes,
+            group=group,
+            keeps_logits=linear is None,
+            sparse=sparse_grad_tol is not None,
         )
+        sparse = sparse_gradient(head, linear, sparse_grad_tol)
         saved = [
             None if x is None or x.numel() == 0 else rows.take(x)
             for x in (index, rows.mask, logps, entropy, shifts, totals, d_logps, d_entropy)
@@ -307,9 +333,13 @@ def _linear_logps_backward(
             assert d_logp is not None
             if linear is not None:
                 rest = ids, kept, logp, h, shift, total, d_logp, d_h, temperature, logit_scale, softcap
-                linear.logps_backward(gradient, head.states(part), head.weight, bias, *rest)
-                head.backpropagate(part)
-                del gradient
+                left = linear.logps_backward(gradient, head.states(part), head.weight, bias, *rest)
+                if sparse is not None:
+                    sparse.backpropagate(part, left)
+                else:
+                    left.gradient()
+                    head.backpropagate(part)
+                del left, gradient
                 continue
             logits = head.logits(part)
             if label_smoothing:
@@ -336,6 +366,8 @@ def _linear_logps_backward(
                 add_gradient_above_mean(gradient, labels, factor if kept is None else factor * kept)
             head.backpropagate(part)
             del logits, gradient  # the memory is the head's, to give back in finish()
+        if sparse is not None:
+            sparse.finish()
         d_hidden, d_weight, d_bias = head.finish()
         if bias is not None:
             d_bias = d_bias.to(bias.dtype)
@@ -380,7 +412,7 @@ def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: No
         needs,
         *ctx.options,
     )
-    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 11
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 12
 
 
 _linear_logps.register_autograd(_backward, setup_context=_setup_context)

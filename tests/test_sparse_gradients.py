@@ -1,0 +1,215 @@
+"""Gradients of peaked rows as sparse rows, on Hopper, held against float64 and against the dense ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from conftest import DEVICE, KERNELS, rand
+
+from grpo_fast import GRPOLossConfig, linear_cross_entropy, linear_grpo_loss, linear_selective_log_softmax
+from grpo_fast.ops import _sparse
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and "cuda" in KERNELS
+on_hopper = pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA H100 or H200")
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
+V, H = 5_001, 64
+
+
+def peaked(count: int, sure: float = 9.0, spread: float = 1.5) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, a head and ids: logits of this spread, the ids' and three others' ``sure`` above."""
+    weight = rand(V, H, seed=1, scale=1.0 / math.sqrt(H))
+    index = torch.randint(0, V, (count, 4), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    hidden = rand(count, H, seed=3, scale=spread) + sure * (weight[index] * rand(count, 4, 1, seed=4).abs()).sum(1)
+    return hidden.bfloat16(), weight.bfloat16(), index[:, 0].contiguous()
+
+
+def left_by(hidden: Tensor, weight: Tensor, index: Tensor, d_logps: Tensor) -> tuple[Any, Tensor]:
+    """What the product leaves, and the gradient of the logits in float64."""
+    from grpo_fast import cuda_linear
+
+    options = 1.0, 1.0, None
+    logps, _, shifts, totals = cuda_linear.linear_logps_fwd(hidden, weight, None, index, *options, False)
+    out = torch.empty(index.numel(), -(-V // 8) * 8, device="cuda", dtype=torch.bfloat16)[:, :V]
+    saved = None, logps, None, shifts, totals, d_logps, None
+    left = cuda_linear.linear_logps_bwd(out, hidden, weight, None, index, *saved, *options)
+    p = (hidden.double() @ weight.double().t()).softmax(-1)
+    truth = -p * d_logps[:, None]
+    return left, truth.scatter_add(1, index[:, None], d_logps[:, None].double())
+
+
+def chosen_by_bins(gradient: Tensor, reference: Tensor, tolerance: float) -> Tensor:
+    """How many elements of each row are kept: those within the fewest powers of two of the reference."""
+    x = gradient.abs() / reference[:, None]
+    bins = (-1 - torch.frexp(x).exponent + 1).clamp(min=0).where(x > 0, 16)
+    dropped = (x * x).where(bins >= 16, 0.0).sum(1)
+    first = torch.full_like(reference, 16, dtype=torch.int64)
+    going = torch.ones_like(first, dtype=torch.bool)
+    for b in range(15, 0, -1):
+        dropped = dropped + (bins == b).sum(1) * 4.0**-b
+        going &= dropped <= tolerance**2
+        first = first.where(~going, b)
+    return (bins < first[:, None]).sum(1)
+
+
+@on_hopper
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 2e-3])
+def test_what_is_dropped(tolerance: float) -> None:
+    hidden, weight, index = peaked(300)
+    d_logps = rand(300, seed=5)
+    d_logps[7] = 0.0
+    left, truth = left_by(hidden, weight, index, d_logps)
+    ids, values, counts = left.sparse(tolerance, V)
+    assert counts[7] == 0
+    kept = torch.arange(V, device="cuda") < counts[:, None]
+    assert ((ids[:, 1:] > ids[:, :-1]) | ~kept[:, 1:]).all()
+    sparse = torch.zeros_like(truth)
+    rows = torch.arange(300, device="cuda")[:, None].expand(-1, V)
+    sparse[rows[kept], ids[kept].long()] = values[kept].double()
+    fits = counts <= V
+    assert fits.float().mean() > 0.5
+    reference = truth.gather(1, index[:, None]).squeeze(1).abs()
+    reference = reference.clamp(min=float(reference.square().mean().sqrt()))
+    error = (sparse - truth).norm(dim=1)
+    assert (error <= tolerance * reference + 2.0**-9 * truth.norm(dim=1))[fits].all()
+    assert (sparse - truth)[fits].norm() <= (1.5 * tolerance + 2.0**-9) * truth.norm()
+    fewest, most = (chosen_by_bins(truth, reference, tolerance * x) for x in (1.05, 0.95))
+    assert (counts >= 0.95 * fewest - 3)[fits].all()
+    assert (counts <= 1.05 * most + 3)[fits].all()
+    # What the elements are does not depend on the order of threads.
+    again = left.sparse(tolerance, V)
+    assert torch.equal(again[2], counts)
+    assert torch.equal(again[0][kept], ids[kept])
+    assert torch.equal(again[1][kept], values[kept])
+
+
+@on_hopper
+def test_a_row_that_does_not_fit_says_so() -> None:
+    hidden, weight, index = peaked(40)
+    left, _ = left_by(hidden, weight, index, torch.ones(40, device="cuda"))
+    counts = left.sparse(1e-3, V)[2]
+    middle = int(counts.median())
+    ids, _, few = left.sparse(1e-3, middle)
+    assert torch.equal(few <= middle, counts <= middle)
+    assert (ids[few <= middle][:, 0] >= 0).all()
+
+
+def run(op: Any, leaves: list[Tensor], **inputs: Any) -> tuple[Any, list[Tensor]]:
+    x = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    out = op(*x[:2], **({"bias": x[2]} if len(x) > 2 else {}), **inputs)
+    value = out.loss if hasattr(out, "loss") else out.sum()
+    return out, list(torch.autograd.grad(value, [y for y in x if y.requires_grad]))
+
+
+@on_hopper
+@pytest.mark.parametrize("flat", [0.0, 0.2, 1.0], ids=["all sparse", "some dense", "all dense"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("workspace", [None, 5_008 * 2 * 192], ids=["one section", "several"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_losses(
+    flat: float, masked: bool, workspace: int | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sparse, "CAPACITY", 64)
+    count = 512
+    hidden, weight, index = peaked(count, sure=14.0)
+    hidden[: int(flat * count)] *= 0.05
+    leaves = [hidden[None].requires_grad_(), weight.requires_grad_()]
+    if bias:
+        leaves.append(rand(V, seed=8, scale=0.1).bfloat16().requires_grad_())
+    mask = (torch.arange(count, device="cuda") % 5 != 2)[None] if masked else None
+    inputs: dict[str, Any] = {
+        "completion_ids": index[None],
+        "completion_mask": mask,
+        "advantages": rand(1, count, seed=7),
+        "workspace_bytes": workspace,
+        "config": GRPOLossConfig(loss_type="bnpo"),
+    }
+    dense, dense_gradients = run(linear_grpo_loss, leaves, impl="cuda", **inputs)
+    sparse, gradients = run(linear_grpo_loss, leaves, impl="cuda", sparse_grad_tol=1e-2, **inputs)
+    assert torch.equal(sparse.loss, dense.loss)
+    assert torch.equal(sparse.logps, dense.logps)
+    for x, y in zip(gradients, dense_gradients, strict=True):
+        assert x.dtype == y.dtype
+        assert (x.double() - y.double()).norm() <= 1.2e-2 * y.double().norm()
+    if flat == 1.0 and workspace is None:
+        assert all(torch.equal(x, y) for x, y in zip(gradients, dense_gradients, strict=True))
+    elif flat < 1.0 and not masked and workspace is None:
+        again = run(linear_grpo_loss, leaves, impl="cuda", sparse_grad_tol=1e-2, **inputs)[1]
+        assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
+        assert not torch.equal(gradients[0], dense_gradients[0])
+
+
+@on_hopper
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_the_other_ops_and_what_is_frozen(frozen: str) -> None:
+    hidden, weight, index = peaked(300)
+    leaves = [hidden.requires_grad_(frozen != "hidden"), weight.requires_grad_(frozen != "weight")]
+    for op, name in ((linear_selective_log_softmax, "index"), (linear_cross_entropy, "labels")):
+        inputs: dict[str, Any] = {name: index, "impl": "cuda"}
+        value, (truth,) = run(op, leaves, **inputs)
+        found, (gradient,) = run(op, leaves, sparse_grad_tol=3e-3, **inputs)
+        assert torch.equal(found, value)
+        assert (gradient.double() - truth.double()).norm() <= 6e-3 * truth.double().norm()
+
+
+@on_hopper
+def test_into_a_buffer() -> None:
+    hidden, weight, index = peaked(300)
+    buffers = [torch.ones(V, H, device="cuda") for _ in range(2)]
+    for buffer, tolerance in zip(buffers, (None, 1e-3), strict=True):
+        x, w = hidden[None].clone().requires_grad_(), weight.clone().requires_grad_()
+        inputs = {"advantages": torch.ones(1, device="cuda"), "weight_grad_out": buffer, "impl": "cuda"}
+        linear_grpo_loss(x, w, index[None], sparse_grad_tol=tolerance, **inputs).loss.backward()
+    assert (buffers[1] - buffers[0]).norm() <= 3e-3 * (buffers[0] - 1).norm()
+
+
+@on_hopper
+def test_a_token_of_most_rows() -> None:
+    """A word's entries are taken by groups of threads, which are added up in order."""
+    hidden, weight, index = peaked(2_000)
+    index.fill_(17)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    truth = run(linear_cross_entropy, leaves, labels=index, impl="cuda")[1][1]
+    first, second = (
+        run(linear_cross_entropy, leaves, labels=index, impl="cuda", sparse_grad_tol=1e-3)[1][1] for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    assert (first[17].double() - truth[17].double()).norm() <= 4e-3 * truth[17].double().norm()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparse_grad_tol": "1e-3"}, "got '1e-3', want a number or None"),
+        ({"sparse_grad_tol": True}, "got True, want a number or None"),
+        ({"sparse_grad_tol": 0.0}, "got 0.0, want from 1e-4 to 0.1"),
+        ({"sparse_grad_tol": 0.5}, "got 0.5, want from 1e-4 to 0.1"),
+        ({"impl": "torch"}, "got 0.001 with impl='torch', want None, or impl='cuda' on Hopper"),
+        ({"impl": "triton"}, "got 0.001 with impl='triton', want None, or impl='cuda' on Hopper"),
+        pytest.param({"allow_sync": False}, "with allow_sync=False, want None, or", marks=on_hopper),
+        pytest.param({"softcap": 9.0}, "with softcap, want None, or only one", marks=on_hopper),
+        pytest.param({"hidden": torch.ones(2, 3, H)}, "with float32 and bfloat16, want None", marks=on_hopper),
+    ],
+    ids=str,
+)
+def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
+    hidden, weight, index = peaked(6)
+    inputs: dict[str, Any] = {"hidden": hidden.view(2, 3, H), "weight": weight, "index": index.view(2, 3)}
+    inputs |= {"impl": "cuda" if HOPPER else "triton", "sparse_grad_tol": 1e-3, **changes}
+    if "hidden" in changes:
+        inputs["hidden"] = inputs["hidden"].to(DEVICE)
+    kinds = (TypeError, ValueError)
+    with pytest.raises(kinds, match=message):
+        linear_selective_log_softmax(**inputs)
+    batch = {"completion_ids": inputs.pop("index"), "advantages": torch.ones(2, device=DEVICE)}
+    with pytest.raises(kinds, match=message):
+        linear_grpo_loss(**inputs, **batch)
+    with pytest.raises(kinds, match=message):
+        linear_cross_entropy(**inputs, labels=batch["completion_ids"])
