@@ -198,9 +198,11 @@ struct SparseRows {
 
 constexpr int kSparseWords = 262144;  // the most words of a row; MOST_WORDS in Python
 
-// `usual`: a scalar, how large the sampled tokens' elements are in the root mean square.
+// Of all rows, or of so many in `which`. `usual`: a scalar, how large the sampled tokens' elements are in the root mean
+// square.
 cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
-                        const float* usual, float tolerance, const SparseRows& out, cudaStream_t stream);
+                        const int64_t* which, int count, const float* usual, float tolerance, const SparseRows& out,
+                        cudaStream_t stream);
 
 // out (rows, width), in bfloat16, or added to in float32: for each row the sum of values[e] times row columns[e] of a
 // bfloat16 matrix, over the entries e from starts[row] to starts[row + 1]. The width is a multiple of 8.

@@ -325,20 +325,22 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "sparse_rows",
       [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address slopes,
-         bool tilted, Address usual, float tolerance, Address ids, Address values, Address counts,
-         int capacity) -> int {
+         bool tilted, Address which, int count, Address usual, float tolerance, Address ids, Address values,
+         Address counts, int capacity) -> int {
         want(head.V <= gf::kSparseWords, "V", head.V, "262144 or less");
         want(capacity >= 1, "capacity", capacity, "1 or more");
+        want(count >= 1 && count <= head.count, "count", count, "1 or more rows, and no more than there are");
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         return code(gf::sparse_rows(
-            head, exponentials, pointer<const float4>(slopes), tilted, pointer<const float>(usual), tolerance,
+            head, exponentials, pointer<const float4>(slopes), tilted, pointer<const std::int64_t>(which), count,
+            pointer<const float>(usual), tolerance,
             {pointer<std::int32_t>(ids), pointer<float>(values), pointer<std::int32_t>(counts), capacity},
             stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("slopes"),
-      py::arg("tilted"), py::arg("usual"), py::arg("tolerance"), py::arg("ids"), py::arg("values"), py::arg("counts"),
-      py::arg("capacity"));
+      py::arg("tilted"), py::arg("which"), py::arg("count"), py::arg("usual"), py::arg("tolerance"), py::arg("ids"),
+      py::arg("values"), py::arg("counts"), py::arg("capacity"));
 
   m.def(
       "sum_of_rows",

@@ -22,22 +22,23 @@ static_assert(kTurns <= 64, "a thread remembers its vectors in 64 bits");
 // The power of two that what is so many times as large as the reference falls short of it by, rounded down.
 __device__ inline int bin_of(float relative) { return max(126 - static_cast<int>(__float_as_uint(relative) >> 23), 0); }
 
-// Block n has row n. A row that cannot be sparse has a count above the capacity.
+// Block i has row i, or the i-th in `which`. A row that cannot be sparse has a count above the capacity.
 template <bool kTilt>
 __global__ void __launch_bounds__(kThreads, 3)
-    sparse_kernel(const Head head, const Exponentials exponentials, const Slopes* all, const float* usual,
-                  float tolerance, const SparseRows out) {
-  const int n = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    sparse_kernel(const Head head, const Exponentials exponentials, const Slopes* all, const int64_t* which,
+                  const float* usual, float tolerance, const SparseRows out) {
+  const int at = blockIdx.x, n = which == nullptr ? at : static_cast<int>(which[at]), thread = threadIdx.x,
+            warp = thread / 32, lane = thread % 32;
   const Slopes slopes = all[n];
   const float up = exponentials.bases[n] - slopes.shift, factor = exp2f(up);
   const float reference = fmaxf(fabsf(slopes.at_target), *usual), scale = 1.0f / reference;
   if (slopes.zero()) {
-    if (thread == 0) out.counts[n] = 0;
+    if (thread == 0) out.counts[at] = 0;
     return;
   }
   const bool finite = fabsf(slopes.at_target) < 1e30f && reference > 1e-30f && reference < 1e30f;
   if (-up > kFar || !finite) {
-    if (thread == 0) out.counts[n] = out.capacity + 1;
+    if (thread == 0) out.counts[at] = out.capacity + 1;
     return;
   }
   __shared__ int bins[kBins];
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int bin = 0; bin < first; ++bin) kept += bins[bin];
     chosen = first;
     total = fits ? kept : out.capacity + 1;
-    out.counts[n] = total;
+    out.counts[at] = total;
   }
   __syncthreads();
   if (total > out.capacity) return;
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       const int other = __shfl_up_sync(~0u, sum, step);
       sum += lane >= step ? other : 0;
     }
-    int64_t place = int64_t(n) * out.capacity + starts[turn * kWarps + warp] + sum - mine;
+    int64_t place = int64_t(at) * out.capacity + starts[turn * kWarps + warp] + sum - mine;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (kept >> i & 1) {
@@ -219,11 +220,12 @@ __global__ void __launch_bounds__(kGroupThreads* kGroups)
 }  // namespace
 
 cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
-                        const float* usual, float tolerance, const SparseRows& out, cudaStream_t stream) {
+                        const int64_t* which, int count, const float* usual, float tolerance, const SparseRows& out,
+                        cudaStream_t stream) {
   if (head.V > kSparseWords) return cudaErrorInvalidValue;
   const auto kernel = tilted ? sparse_kernel<true> : sparse_kernel<false>;
-  kernel<<<head.count, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), usual,
-                                              tolerance, out);
+  kernel<<<count, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), which, usual,
+                                         tolerance, out);
   return cudaGetLastError();
 }
 

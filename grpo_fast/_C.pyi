@@ -198,6 +198,8 @@ def sparse_rows(
     exponentials: Exponentials,
     slopes: int,
     tilted: bool,
+    which: int,
+    count: int,
     usual: int,
     tolerance: float,
     ids: int,

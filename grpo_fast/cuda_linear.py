@@ -88,18 +88,18 @@ class Exponentials:
         )
         check(error, "the gradient of the logits", self.hidden)
 
-    def sparse(self, tolerance: float, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids (N, capacity), values, counts (N,)): the largest elements of each row of the gradient, by word.
+    def sparse(self, tolerance: float, capacity: int, which: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids (n, capacity), values, counts (n,)): the largest elements of rows of the gradient, by word.
 
-        A row whose count is above the capacity is not there.
+        Of all rows or those of these numbers. A row whose count is above the capacity is not there.
 
         Raises:
             RuntimeError: The kernel was not launched.
         """
-        N = self.hidden.size(0)
+        n = self.hidden.size(0) if which is None else which.numel()
         usual = self.slopes[:, 3].square().mean().sqrt()  # of the sampled tokens' elements
-        ids = self.hidden.new_empty(N, capacity, dtype=torch.int32)
-        values, counts = torch.empty_like(ids, dtype=torch.float32), ids.new_empty(N)
+        ids = self.hidden.new_empty(n, capacity, dtype=torch.int32)
+        values, counts = torch.empty_like(ids, dtype=torch.float32), ids.new_empty(n)
         error = _C.sparse_rows(
             device=self.hidden.device.index,
             stream=stream(self.hidden),
@@ -107,6 +107,8 @@ class Exponentials:
             exponentials=self.native,
             slopes=self.slopes.data_ptr(),
             tilted=self.tilted,
+            which=address(which),
+            count=n,
             usual=usual.data_ptr(),
             tolerance=tolerance,
             ids=ids.data_ptr(),

@@ -99,6 +99,11 @@ def test_a_row_that_does_not_fit_says_so() -> None:
     ids, _, few = left.sparse(1e-3, middle)
     assert torch.equal(few <= middle, counts <= middle)
     assert (ids[few <= middle][:, 0] >= 0).all()
+    # Again with more room, of some rows.
+    which = (few > middle).nonzero().squeeze(1)
+    wide_ids, _, wide = left.sparse(1e-3, V, which)
+    assert torch.equal(wide, counts[which])
+    assert torch.equal(left.sparse(1e-3, V)[0][which[0], : wide[0]], wide_ids[0, : wide[0]])
 
 
 def run(op: Any, leaves: list[Tensor], **inputs: Any) -> tuple[Any, list[Tensor]]:
@@ -116,7 +121,8 @@ def run(op: Any, leaves: list[Tensor], **inputs: Any) -> tuple[Any, list[Tensor]
 def test_losses(
     flat: float, masked: bool, workspace: int | None, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_sparse, "CAPACITY", 64)
+    monkeypatch.setattr(_sparse, "CAPACITY", 16)
+    monkeypatch.setattr(_sparse, "WIDE_CAPACITY", 128)
     count = 512
     hidden, weight, index = peaked(count, sure=14.0)
     hidden[: int(flat * count)] *= 0.05

@@ -15,8 +15,11 @@ from torch import Tensor
 from grpo_fast.ops._chunks import DENSE_SHARE, ChunkedHead
 from grpo_fast.ops._row_kernels import LinearKernels
 
-#: The most elements of a sparse row, and of a row on average: about so many cost what a dense row does.
-CAPACITY, MOST_ON_AVERAGE = 1024, 384
+#: Elements for which every row has room, and for which one in ROWS_A_WIDE_ONE rows has. A section with any dense row
+#: pays for a sum over the weight, so even a long row is better sparse.
+CAPACITY, WIDE_CAPACITY, ROWS_A_WIDE_ONE = 512, 16_384, 32
+#: Elements of a row on average: about so many cost what a dense row does.
+MOST_ON_AVERAGE = 384
 #: The longest row that a block can search (kSparseWords).
 MOST_WORDS = 262_144
 
@@ -59,15 +62,26 @@ class SparseGradient:
     def _take(self, part: slice, exponentials: Any) -> Tensor | None:
         """The numbers of the rows that are left; None for all, where most are too flat, and so the next ones."""
         ids, values, counts = exponentials.sparse(self._tolerance, CAPACITY)
-        fits = counts <= CAPACITY
-        counts = counts.where(fits, 0)
-        left, entries = torch.stack([(~fits).sum(), counts.sum()]).tolist()
-        if left > DENSE_SHARE * counts.numel() or entries > MOST_ON_AVERAGE * counts.numel():
+        n = counts.numel()
+        places = torch.arange(n, device=counts.device) * CAPACITY  # in ids and values
+        left = counts > CAPACITY
+        if 0 < (remaining := int(left.sum())) <= n // ROWS_A_WIDE_ONE:
+            rest = left.nonzero().squeeze(1)
+            wide_ids, wide_values, wide_counts = exponentials.sparse(self._tolerance, WIDE_CAPACITY, rest)
+            counts[rest] = wide_counts
+            places[rest] = n * CAPACITY + torch.arange(remaining, device=rest.device) * WIDE_CAPACITY
+            ids, values = (torch.cat([x.flatten(), y.flatten()]) for x, y in ((ids, wide_ids), (values, wide_values)))
+            left = counts > WIDE_CAPACITY
+        counts = counts.where(~left, 0)
+        remaining, entries = torch.stack([left.sum(), counts.sum()]).tolist()
+        if remaining > DENSE_SHARE * n or entries > MOST_ON_AVERAGE * n:
             self._dense = True
             return None
-        which = fits.nonzero().squeeze(1) if left > 0 else None
-        self._pending = lambda: self._put_together(part, ids, values, counts, entries, which)
-        rest: Tensor = (~fits).nonzero().squeeze(1) if left > 0 else counts.new_empty(0, dtype=torch.int64)
+        rest = left.nonzero().squeeze(1) if remaining > 0 else places[:0]
+        which = (~left).nonzero().squeeze(1) if remaining > 0 else None
+        self._pending = lambda: self._put_together(
+            part, ids.flatten(), values.flatten(), counts, places, entries, which
+        )
         return rest
 
     def _settle(self) -> None:
@@ -76,12 +90,19 @@ class SparseGradient:
             self._pending = None
 
     def _put_together(
-        self, part: slice, ids: Tensor, values: Tensor, counts: Tensor, entries: int, which: Tensor | None
+        self,
+        part: slice,
+        ids: Tensor,
+        values: Tensor,
+        counts: Tensor,
+        places: Tensor,
+        entries: int,
+        which: Tensor | None,
     ) -> None:
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts, output_size=entries)
-        places = torch.arange(entries, device=rows.device) - starts[rows] + rows * CAPACITY
-        found = Entries(rows + part.start, ids.view(-1)[places], values.view(-1)[places], starts)
+        at = torch.arange(entries, device=rows.device) - starts[rows] + places[rows]
+        found = Entries(rows + part.start, ids[at], values[at], starts)
         self._taken.append(found)
         if self._head.needs.hidden:
             weight = self._head.weight
