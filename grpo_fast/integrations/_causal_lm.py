@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
-from grpo_fast.reference import linear_logps_ref
+from grpo_fast.ops.linear_selective_log_softmax import linear_selective_log_softmax
 
 
 class Head(NamedTuple):
@@ -64,12 +64,19 @@ def check_head(model: PreTrainedModel) -> None:
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         head = head_of(model)
-        logps, entropy = linear_logps_ref(hidden.to(head.weight.device), head.weight, ids, **head.options)
+        found = linear_selective_log_softmax(
+            hidden.to(head.weight.device),
+            head.weight,
+            ids.to(head.weight.device),
+            return_entropy=True,
+            impl="torch",
+            **head.options,
+        )
     model.train(training)
     log_p = logits.float().log_softmax(-1)
     want = log_p.gather(-1, ids.to(log_p.device).unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
     tolerance = 1e-3 if logits.dtype == torch.float32 else 0.2  # the model's own logits are rounded, by 2^-9 of them
-    if not all(torch.allclose(x.to(y), y, atol=tolerance) for x, y in zip((logps, entropy), want, strict=True)):
+    if not all(torch.allclose(x.to(y), y, atol=tolerance) for x, y in zip(found, want, strict=True)):
         raise ValueError(f"model: {name} has more than a scale and a softcap between its head and the logits")
 
 
