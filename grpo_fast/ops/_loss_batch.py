@@ -33,24 +33,24 @@ class GRPOLossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LossBatch:
     """The arguments of a GRPO loss beside the model. ``grpo_loss`` documents each."""
 
     completion_ids: Tensor
-    completion_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    advantages: Tensor | None
-    rewards: Tensor | None
-    group_size: int | None
-    group_ids: Tensor | None
-    old_logps: Tensor | None
-    ref_logps: Tensor | None
-    sampling_logps: Tensor | None
-    importance_sampling_ratio: Tensor | None
-    entropy_mask: Tensor | None
-    entropy_threshold: float | Tensor | None
-    num_items_in_batch: float | Tensor | None
+    completion_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    advantages: Tensor | None = None
+    rewards: Tensor | None = None
+    group_size: int | None = None
+    group_ids: Tensor | None = None
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    sampling_logps: Tensor | None = None
+    importance_sampling_ratio: Tensor | None = None
+    entropy_mask: Tensor | None = None
+    entropy_threshold: float | Tensor | None = None
+    num_items_in_batch: float | Tensor | None = None
     config: GRPOLossConfig
     token_dims: tuple[str, ...] = field(init=False)
 
