@@ -106,9 +106,14 @@ def patch_causal_lm(model: PreTrainedModel, *, temperature: float = 1.0, impl: s
     model.forward = types.MethodType(forward, model)
 
 
+def is_patched(model: PreTrainedModel) -> bool:
+    """Whether ``patch_causal_lm`` has patched ``model``."""
+    return hasattr(model, _UNPATCHED)
+
+
 def unpatch_causal_lm(model: PreTrainedModel) -> None:
     """Give ``model`` the forward back that it had before ``patch_causal_lm``; nothing, if it is not patched."""
-    if not hasattr(model, _UNPATCHED):
+    if not is_patched(model):
         return
     if getattr(model, _UNPATCHED) is _MISSING:
         del model.forward

@@ -48,8 +48,8 @@ def linear_cross_entropy(
         dist_process_group: None, or a group of one rank.
 
     Raises:
-        ValueError: For another ``reduction``; for a group of several ranks, each with a shard of the vocabulary, whose
-            gradients Megatron wants to add up itself.
+        ValueError: For another ``reduction``; for a group of several ranks, each with a shard of the vocabulary
+            (Megatron wants to add up their gradients itself); for a tensor as temperature.
     """
     if reduction.lower() != "none":
         raise ValueError(f"reduction: got {reduction!r}, want 'none'")
