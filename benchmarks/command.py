@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import bench_distillation, bench_linear, bench_logits, bench_reference
+from . import bench_distillation, bench_linear, bench_logits, bench_reference, bench_trl_step
 from .bench_advantages import benchmark as advantages
 from .compare import compare
 from .harness import Benchmark, Provider, Record, Timer, environment, write_json
@@ -34,7 +34,8 @@ def benchmarks(device: str) -> dict[str, Benchmark]:
     """All that a machine with such a device runs, by name."""
     found = [advantages(device), bench_reference.BENCHMARK]
     if device == "cuda":
-        found = [bench_logits.BENCHMARK, bench_linear.BENCHMARK, bench_distillation.BENCHMARK, advantages("cuda")]
+        of_ops = [bench_logits.BENCHMARK, bench_linear.BENCHMARK, bench_distillation.BENCHMARK, advantages("cuda")]
+        found = [*of_ops, bench_trl_step.BENCHMARK]
     return {b.name: b for b in found}
 
 

@@ -64,6 +64,8 @@ def row(record: Record, columns: Sequence[str]) -> list[str]:
     """The cells of a record under ``header``'s columns."""
     if "skipped" in record:
         return [record["provider"], record["skipped"], *[""] * (len(columns) - 2)]
+    if "tokens" in record:
+        return [record["provider"], f"{record['tokens']:,} tokens", *[""] * (len(columns) - 2)]
     errors = record.get("errors", {})
     ratio = f"{record['ms'] / record['ceiling_ms']:.2f}" if "ceiling_ms" in record else ""
     return [
@@ -88,21 +90,29 @@ def overview(benchmark: Benchmark, records: Sequence[Record]) -> str:
     tables = []
     for task in dict.fromkeys(r["task"] for r in records):
         own = [r for r in records if r["task"] == task]
-        providers = list(dict.fromkeys(r["provider"] for r in own if "ms" in r))
+        found = [r for r in own if {"ms", "tokens"} & r.keys()]
+        providers = list(dict.fromkeys(r["provider"] for r in found))
         rows = []
         for case, _, members in groups(own):
-            times = {r["provider"]: row(r, header([r]))[1] for r in members if "ms" in r}
+            times = {r["provider"]: row(r, header([r]))[1] for r in members if r in found}
             ceilings = [r["ceiling_ms"] for r in members if "ceiling_ms" in r]
             middle = f"{sorted(ceilings)[len(ceilings) // 2]:.3g}" if ceilings else ""
             rows.append([benchmark.title(case), *(times.get(name, "") for name in providers), middle])
-        tables.append(markdown_table([f"{task}, ms", *providers, f"({own[0]['ceiling']})"], rows))
+        unit = "" if any("tokens" in r for r in own) else ", ms"
+        tables.append(markdown_table([task + unit, *providers, f"({own[0]['ceiling']})"], rows))
     return "\n\n".join(tables)
 
 
 def losses(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
-    """Where a peer whose result is right is faster than the fastest of ours."""
+    """Where a peer whose result is right is faster than the fastest of ours, or has room for more."""
     lines = []
     for case, task, members in groups(records):
+        most = max((r["tokens"] for r in members if r["ours"] and "tokens" in r), default=None)
+        lines += [
+            f"- {task}, {benchmark.title(case)}: {r['provider']} has {r['tokens']:,} tokens, grpo_fast {most:,}."
+            for r in members
+            if most is not None and r.get("tokens", 0) > most
+        ]
         ours = [r["ms"] for r in members if r["ours"] and "ms" in r and "wrong" not in r]
         for r in members:
             if r["ours"] or "ms" not in r or "wrong" in r or not ours or r["ms"] >= min(ours):

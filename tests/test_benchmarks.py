@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from grpo_fast.benchmarks import bench_distillation, bench_linear, bench_logits, command, harness, report
+from grpo_fast.benchmarks import (
+    bench_distillation,
+    bench_linear,
+    bench_logits,
+    bench_trl_step,
+    command,
+    harness,
+    report,
+)
 from grpo_fast.benchmarks.bench_advantages import Case
 from grpo_fast.benchmarks.compare import compare
 from grpo_fast.benchmarks.harness import Provider, Task, Timer, attempt, run_task
@@ -196,6 +205,50 @@ def test_benchmarks_of_kernels_measure_the_reference_path(suite: Any, case: Any,
         assert not [name for name, r in timed.items() if "wrong" in r]
         assert timed[mine]["errors"]
     assert all("skipped" in r for r in records if "CUDA" in r["provider"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_step_of_trl() -> None:
+    """Tiny, on the CPU: both trainers find the loss of float64, and what fits is said in tokens."""
+    pytest.importorskip("trl")
+    timer, case = Timer(runs=2, warmup=1, device="cpu"), bench_trl_step.Case("tiny", completion=12, sequences=2)
+    records = bench_trl_step.BENCHMARK.measure(timer, case, lambda p: True)
+    assert [r["provider"] for r in records] == ["grpo_fast", "TRL"]
+    for r in records:
+        assert "wrong" not in r, r
+        assert r["errors"]["loss"] < 1e-6
+        assert min(r["ms"], r["ceiling_ms"]) > 0
+    searched = replace(case, cap_gib=1)
+    longest = bench_trl_step.BENCHMARK.measure(timer, searched, lambda p: True)
+    assert [r["tokens"] for r in longest] == [bench_trl_step.SEARCHED_ON_CPU] * 2
+    longest[1]["tokens"] += 256
+    assert report.row(longest[0], report.header(longest))[:2] == ["grpo_fast", "512 tokens"]
+    assert "| tiny, 2 completions, 1 GiB | 512 tokens | 768 tokens |" in report.overview(
+        bench_trl_step.BENCHMARK, longest
+    )
+    (line,) = report.losses(bench_trl_step.BENCHMARK, longest)
+    assert "TRL has 768 tokens, grpo_fast 512" in line
+
+
+def test_the_longest_completion_is_found_by_what_runs_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_trl_step, "SEARCHED_ON_CPU", 10 * bench_trl_step.GRAIN)
+    tried = []
+
+    class Batch:
+        case = bench_trl_step.Case("tiny", cap_gib=1)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+        def make_batch(self, length: int) -> int:
+            return length
+
+    def run(x: Any) -> None:
+        tried.append(x.batch)
+        if x.batch > 7 * bench_trl_step.GRAIN:
+            raise torch.OutOfMemoryError
+
+    record = bench_trl_step._longest(Batch(), Provider("somebody", run))
+    assert record["tokens"] == 7 * bench_trl_step.GRAIN
+    assert len(tried) <= 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
