@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import itertools
+import runpy
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,3 +258,11 @@ def test_patching_is_idempotent_and_undone() -> None:
     for _ in range(2):
         ours.unpatch_openrlhf()
     assert (Actor.forward, PolicyLoss.forward) == (their_actor, their_loss)
+
+
+def test_the_example_names_what_there_is() -> None:
+    pytest.importorskip("ray")
+    names = runpy.run_path(str(Path(__file__).parents[1] / "examples/openrlhf_ppo.py"))
+    module, _, function = names["RUNTIME_ENV"]["worker_process_setup_hook"].rpartition(".")
+    assert getattr(sys.modules[module], function) is ours.patch_openrlhf
+    assert importlib.util.find_spec("openrlhf.cli.train_ppo_ray")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,3 +194,15 @@ def test_the_setting_for_external_modules() -> None:
     )
     environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "grpo_fast.integrations.verl"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
+
+
+def test_the_example_sets_what_verl_has() -> None:
+    """Its settings are of verl's configuration, and name what there is."""
+    hydra = pytest.importorskip("hydra")
+    settings = runpy.run_path(str(Path(__file__).parents[1] / "examples/verl_grpo.py"))["SETTINGS"]
+    folder = str(Path(core_algos.__file__).parents[1] / "config")
+    with hydra.initialize_config_dir(folder, version_base=None):
+        config = hydra.compose("ppo_trainer", overrides=settings).actor_rollout_ref
+    assert config.model.use_fused_kernels
+    assert config.model.external_lib == ours.__name__
+    assert core_algos.get_policy_loss_fn(config.actor.policy_loss.loss_mode) is ours.policy_loss
