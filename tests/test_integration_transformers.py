@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -152,9 +153,20 @@ def test_refused_beside_labels(name: str) -> None:
         model(**make_inputs(), **{name: value})
 
 
+def even_out(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+    """Logits whose log-probs at the first eight words stay, and only the entropy changes."""
+    rest = logits[..., 8:]
+    same = rest.logsumexp(-1, keepdim=True) - math.log(rest.size(-1))
+    return torch.cat([logits[..., :8], same.expand_as(rest)], -1)
+
+
 def test_refused_models() -> None:
     model = make_model("llama")
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has more than a scale and a softcap"):
+        patch_causal_lm(model)
+    model = make_model("llama")
+    model.lm_head.register_forward_hook(even_out)
     with pytest.raises(ValueError, match="LlamaForCausalLM has more than a scale and a softcap"):
         patch_causal_lm(model)
     model.set_output_embeddings(torch.nn.Sequential(model.lm_head))

@@ -165,7 +165,7 @@ def _aggregation(
     if mode == "token-sum":
         return False, 1.0, dp_size
     if mode == "seq-mean-token-mean":
-        return True, rows, dp_size
+        return True, global_batch_size, dp_size
     if mode == "seq-mean-token-sum":
         return False, rows, dp_size
     if mode == "seq-mean-token-sum-norm":
