@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,6 +229,29 @@ def test_a_step_of_trl() -> None:
     )
     (line,) = report.losses(bench_trl_step.BENCHMARK, longest)
     assert "TRL has 768 tokens, grpo_fast 512" in line
+
+
+def test_each_trainer_of_a_step_takes_its_own_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share a model, which both patch."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    ours = pytest.importorskip("grpo_fast.integrations.trl")
+    calls = []
+
+    def counted(name: str, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    theirs = SimpleNamespace(apply=counted("TRL", utils._ChunkedLogProbFunction.apply))
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", theirs)
+    monkeypatch.setattr(ours, "linear_grpo_loss", counted("grpo_fast", ours.linear_grpo_loss))
+    x = bench_trl_step.Inputs(bench_trl_step.Case("tiny", completion=12, sequences=2), tmp_path)
+    for name in ("TRL", "grpo_fast", "TRL"):
+        calls.clear()
+        x.update(name)
+        assert set(calls) == {name}
 
 
 def test_the_longest_completion_is_found_by_what_runs_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,9 +230,9 @@ from grpo_fast.integrations.trl import FastGRPOTrainer
 folder = Path(sys.argv[1])
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
 results = []
+options = json.loads(sys.argv[2])
 for cls in (trl.GRPOTrainer, FastGRPOTrainer):
-    trainer = make_trainer(cls, folder, tokenizer, loss_type="dapo", top_entropy_quantile=0.5, entropy_coef=0.02,
-                           max_steps=4)
+    trainer = make_trainer(cls, folder, tokenizer, max_steps=4, **options)
     trainer.train()
     logs = [{{k: v for k, v in log.items() if "time" not in k and "second" not in k and "profiling" not in k}}
             for log in trainer.state.log_history]
@@ -243,12 +243,22 @@ if trainer.accelerator.is_main_process:
 """
 
 
-def test_two_processes(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(loss_type="dapo", top_entropy_quantile=0.5, entropy_coef=0.02),
+        dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=1e-3, epsilon_high=2e-3),
+    ],
+    ids=["tokens", "sequences"],
+)
+def test_two_processes(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     """Under DDP: normalizers, thresholds and metrics are of both ranks' tokens."""
     script = tmp_path / "run.py"
     script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, str(script), str(folder)], check=True, timeout=300, capture_output=True)
+    subprocess.run(
+        [*launcher, str(script), str(folder), json.dumps(options)], check=True, timeout=300, capture_output=True
+    )
     (logs, weights), (our_logs, our_weights) = json.loads((folder / "ranks.json").read_text())
     for one, other in zip(logs, our_logs, strict=True):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
