@@ -13,7 +13,7 @@ import torch
 from . import bench_distillation, bench_linear, bench_logits, bench_reference, bench_trl_step
 from .bench_advantages import benchmark as advantages
 from .compare import compare
-from .harness import Benchmark, Provider, Record, Timer, environment, write_json
+from .harness import DEVICE, Benchmark, Provider, Record, Timer, environment, write_json
 from .report import groups, header, load, row, write_report
 
 HELP = """\
@@ -32,11 +32,10 @@ examples:
 
 def benchmarks(device: str) -> dict[str, Benchmark]:
     """All that a machine with such a device runs, by name."""
-    found = [advantages(device), bench_reference.BENCHMARK]
+    own = [bench_reference.BENCHMARK]
     if device == "cuda":
-        of_ops = [bench_logits.BENCHMARK, bench_linear.BENCHMARK, bench_distillation.BENCHMARK, advantages("cuda")]
-        found = [*of_ops, bench_trl_step.BENCHMARK]
-    return {b.name: b for b in found}
+        own = [bench_logits.BENCHMARK, bench_linear.BENCHMARK, bench_distillation.BENCHMARK, bench_trl_step.BENCHMARK]
+    return {b.name: b for b in (*own, advantages(device))}
 
 
 def known() -> dict[str, Benchmark]:
@@ -72,20 +71,19 @@ def run(options: dict[str, Any], command: str) -> None:
     if options["show"] is not None:
         _show(options["show"], options["report"])
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    available = benchmarks(device)
+    available = benchmarks(DEVICE)
     unknown = [name for name in options["names"] if name not in known()]
     if unknown:
         raise ValueError(f"benchmark: got {unknown[0]!r}, want {', '.join(known())}")
     unable = [name for name in options["names"] if name not in available]
     if unable:
-        raise ValueError(f"benchmark: {unable[0]} needs {'the CPU' if device == 'cuda' else 'an NVIDIA GPU'}")
+        raise ValueError(f"benchmark: {unable[0]} needs {'the CPU' if DEVICE == 'cuda' else 'an NVIDIA GPU'}")
     earlier = {}
     if options["compare"] is not None:
         earlier = {file.stem: load(file)["records"] for file in sorted(options["compare"].glob("*.json"))}
         if not earlier:
             raise ValueError(f"compare: {options['compare']} holds no results")
-    if device == "cpu":
+    if DEVICE == "cpu":
         print("No NVIDIA GPU: timing the reference path and the training loop on the CPU.\n")
     for benchmark in (available[name] for name in options["names"] or available):
         records = measure(benchmark, options["quick"], options["only"], options["runs"], options["out"])
@@ -131,8 +129,8 @@ def _print(console: Any, benchmark: Benchmark, records: Sequence[Record]) -> Non
         table = Table(title=f"{task}, {benchmark.title(case)}", title_justify="left", title_style="bold")
         for i, name in enumerate(columns):
             table.add_column(name, justify="left" if i == 0 else "right")
+        best = min((r["ms"] for r in members if "ms" in r and "wrong" not in r), default=None)
         for record in members:
-            best = min((r["ms"] for r in members if "ms" in r and "wrong" not in r), default=None)
             table.add_row(*row(record, columns), style="green" if record.get("ms") == best else None)
         console.print(table)
 
@@ -149,10 +147,9 @@ def _print_moves(benchmark: Benchmark, old: Sequence[Record], new: Sequence[Reco
 def _show(files: Sequence[Path], page: Path | None) -> None:
     from rich.console import Console
 
-    contents = [load(file) for file in files]
     if page is not None:
         write_report(known(), files, page)
         print(f"{page} is written")
         return
-    for content in contents:
+    for content in map(load, files):
         _print(Console(), known()[content["benchmark"]], content["records"])

@@ -7,7 +7,8 @@ see the GPU at the same clock. What a provider did becomes a record, a dict of p
     case       the case's fields                     ms, ms_p10, ms_p90  median and quantiles
     task       what was asked for                    ceiling_ms          the ceiling's median in the same turns
     provider   who did it, and whether it is "ours"  errors              against float64, by name
-    peak_bytes beyond what was there before          wrong, skipped      why there is nothing to compare
+    ceiling    what the ceiling does                 wrong, skipped      why there is nothing to compare
+    peak_bytes beyond what was there before          wall_ms             of a call from Python
 """
 
 from __future__ import annotations
@@ -224,8 +225,7 @@ def run_task(
             continue
         record: Record = {"case": asdict(case), "task": task.name, "provider": provider.name, "ours": provider.ours}
         record["ceiling"] = task.ceiling
-        free = available_bytes()
-        if provider.bytes_of is not None and provider.bytes_of(case) > free:
+        if provider.bytes_of is not None and provider.bytes_of(case) > available_bytes():
             record["skipped"] = f"needs {provider.bytes_of(case) / 2**30:.0f} GiB"
         else:
             record |= attempt(lambda: _measure(timer, task, provider, x, ceiling, errors, restore))  # noqa: B023

@@ -212,15 +212,13 @@ def plots(benchmark: Benchmark, records: Sequence[Record], stem: Path) -> list[t
 
 def _along(axis: str, records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, Record]]]]:
     """By task and provider, the records along an axis, the case's other fields as in the first case of most."""
-    others = defaultdict(set)
+    alike: dict[str, list[Record]] = defaultdict(list)
     for r in records:
-        rest = json.dumps({name: value for name, value in r["case"].items() if name not in (axis, "peers")})
-        others[rest].add(r["case"][axis])
-    rest = max(others, key=lambda key: len(others[key]))
+        alike[json.dumps({name: value for name, value in r["case"].items() if name not in (axis, "peers")})].append(r)
+    most = max(alike.values(), key=lambda own: len({r["case"][axis] for r in own}))
     lines: dict[str, dict[str, list[tuple[float, Record]]]] = defaultdict(lambda: defaultdict(list))
-    for r in records:
-        own = json.dumps({name: value for name, value in r["case"].items() if name not in (axis, "peers")})
-        if own == rest and "ms" in r:
+    for r in most:
+        if "ms" in r:
             lines[r["task"]][r["provider"]].append((r["case"][axis], r))
     return {task: own for task, own in lines.items() if max(map(len, own.values())) > 2}
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from grpo_fast import group_advantages, grpo_loss, linear_grpo_loss, selective_log_softmax
+from grpo_fast.benchmarks.harness import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, V, H = (8, 64, 151936, 896) if DEVICE == "cuda" else (4, 16, 4096, 64)
 
 
