@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from . import bench_distillation, bench_linear, bench_logits, bench_reference, bench_trl_step
+from . import (
+    bench_distillation,
+    bench_distributed,
+    bench_fsdp,
+    bench_linear,
+    bench_logits,
+    bench_reference,
+    bench_trl_step,
+)
 from .bench_advantages import benchmark as advantages
 from .compare import compare
 from .harness import DEVICE, Benchmark, Provider, Record, Timer, environment, write_json
@@ -39,8 +47,9 @@ def benchmarks(device: str) -> dict[str, Benchmark]:
 
 
 def known() -> dict[str, Benchmark]:
-    """All there are, by name."""
-    return {**benchmarks("cpu"), **benchmarks("cuda")}
+    """All there are, by name; those of several GPUs have a command of their own."""
+    several = {b.name: b for b in (bench_distributed.BENCHMARK, bench_fsdp.BENCHMARK)}
+    return {**benchmarks("cpu"), **benchmarks("cuda"), **several}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +86,8 @@ def run(options: dict[str, Any], command: str) -> None:
         raise ValueError(f"benchmark: got {unknown[0]!r}, want {', '.join(known())}")
     unable = [name for name in options["names"] if name not in available]
     if unable:
-        raise ValueError(f"benchmark: {unable[0]} needs {'the CPU' if DEVICE == 'cuda' else 'an NVIDIA GPU'}")
+        device = "the CPU" if DEVICE == "cuda" else "an NVIDIA GPU"
+        raise ValueError(f"benchmark: {unable[0]} needs {known()[unable[0]].command or device}")
     earlier = {}
     if options["compare"] is not None:
         earlier = {file.stem: load(file)["records"] for file in sorted(options["compare"].glob("*.json"))}
@@ -92,14 +102,20 @@ def run(options: dict[str, Any], command: str) -> None:
 
 
 def measure(
-    benchmark: Benchmark, quick: bool, only: Sequence[str] | None, runs: int, out: Path | None
+    benchmark: Benchmark,
+    quick: bool,
+    only: Sequence[str] | None,
+    runs: int,
+    out: Path | None,
+    timer: Timer | None = None,
+    quiet: bool = False,
 ) -> list[Record]:
-    """Records of all cases, shown as they come and written to ``out``/NAME.json."""
+    """Records of all cases, shown as they come, unless ``quiet``, and written to ``out``/NAME.json."""
     from rich.console import Console
     from rich.progress import track
 
-    console = Console()
-    timer = Timer(runs, device=benchmark.device)
+    console = Console(quiet=quiet)
+    timer = timer or Timer(runs, device=benchmark.device)
     where = environment()
     console.print(f"[bold]{benchmark.name}[/]: {benchmark.summary}", highlight=False)
     console.print(" ".join(f"{name} {value}" for name, value in where.items()), highlight=False)

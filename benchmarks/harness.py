@@ -98,6 +98,7 @@ class Benchmark:
         measure: (timer, case, whether a provider takes part) to the case's records.
         notes: Markdown above the tables of a report: what was measured, and how to read it.
         axes: Fields of the case to draw times and memory against.
+        command: What runs it, if not ``grpo-fast bench NAME``.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Benchmark:
     title: Callable[[dict[str, Any]], str]
     axes: tuple[str, ...] = ()
     device: str = "cuda"
+    command: str = ""
 
 
 # Time -------------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def _section(benchmark: Benchmark, content: dict[str, Any], file: str) -> str:
         [
             f"## {benchmark.name}, {machine}: {benchmark.summary}",
             "",
-            f"`grpo-fast bench {benchmark.name}`; {', '.join(versions)}.",
+            f"`{benchmark.command or f'grpo-fast bench {benchmark.name}'}`; {', '.join(versions)}.",
             f"All numbers, with quantiles: [{file}]({file}).",
             *(["", content["remark"]] if "remark" in content else []),
             "",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,3 +284,30 @@ def test_the_kernels_are_right_where_they_are_timed(suite: Any) -> None:
     records = suite.measure(Timer(runs=2, warmup=1), suite.headline, lambda provider: provider.ours)
     assert records
     assert all("ms" in record and "wrong" not in record for record in records)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_two_ranks_are_measured_as_one_and_find_the_same(tmp_path: Path) -> None:
+    """Tiny, over gloo, by the very command."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = ["grpo_fast.benchmarks.bench_distributed", "--runs", "2", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, "-m", *script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("its collectives alone") == 1  # one rank speaks
+    for name, errors, mine in (
+        ("distributed", {"loss", "d hidden", "d weight"}, 2),
+        ("fsdp", {"loss", "d norm"}, 2),
+    ):
+        records = report.load(tmp_path / f"{name}.json")["records"]
+        ours = [r for r in records if r["ours"] and "errors" in r]
+        assert len(ours) == mine
+        assert all(r["errors"].keys() == errors and "wrong" not in r and r["ms"] > 0 for r in ours)
+    files = [tmp_path / "distributed.json", tmp_path / "fsdp.json"]
+    report.write_report(command.known(), files, tmp_path / "page.md")
+    assert "bench_distributed fsdp" in (tmp_path / "page.md").read_text()
