@@ -31,8 +31,8 @@ has 1/R of the vocabulary and all hidden states. The ceiling of the loss is a sh
 "its collectives alone" are the messages of one step without the products, beside a single all-reduce of the hidden
 states' gradient in bfloat16. verl returns that gradient by shard; the all-reduce that its caller has to add is in its
 time. Errors are against float64 on one GPU: the loss, and, relative in the Frobenius norm, the gradients of
-64 hidden states and of up to 64 rows of this rank's part of the head, the largest of all ranks. Memory is the peak of a
-GPU beyond inputs; of these the head is 2 V H bytes whole, and 1/R of it in shards."""
+64 hidden states and of up to 64 rows of this rank's part of the head, the largest of all ranks. Memory is the peak of
+a GPU beyond inputs; of these the head is 2 V H bytes whole, and 1/R of it in shards."""
 DIFFERENT = {"loss": 1e-3, "d hidden": 0.1, "d weight": 0.1}
 
 

@@ -22,11 +22,11 @@ NOTES = """\
 A transformers model of Qwen2.5-1.5B's shape with random weights in bfloat16, its head tied to its embedding: forward,
 loss, backward and fused AdamW, without activation checkpointing. Every GPU has as many tokens, so without losses a
 step takes as long on several as on one. On one GPU nothing is sharded and each does the same work beside the others;
-on several each layer and the root are wrapped by `fully_shard`, and the loss is called in the `forward` of the module that
-owns the head, where its weight is whole. The ceiling is the step without head and loss. The loss is the default
+on several, each layer and the root are wrapped by `fully_shard`, and the loss is called in the `forward` of the module
+that owns the head, where its weight is whole. The ceiling is the step without head and loss. The loss is the default
 (`dapo`) over the tokens of all GPUs. Errors are against one process over the batch of all GPUs, its log-softmax in
-float64 and the model as it is, in bfloat16: the loss, and the gradient of the last norm's weight, relative in the Frobenius
-norm. Memory is the peak of a GPU beyond its part of weights and optimizer."""
+float64 and the model as it is, in bfloat16: the loss, and the gradient of the last norm's weight, relative in the
+Frobenius norm. Memory is the peak of a GPU beyond its part of weights and optimizer."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,13 @@ class Inputs:
 
     def norm_gradient(self) -> Tensor:
         gradient = self.policy.model.model.norm.weight.grad
-        return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).double()
+        whole: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        return whole.double()
 
     def step(self, loss: Callable[..., Tensor]) -> Tensor:
         """A step with a loss that is a sum over this rank's tokens, over so many of all; returns its part."""
         self.optimizer.zero_grad()
-        value = self.policy(loss, self.batch | {"items": self.share * self.ranks})
+        value: Tensor = self.policy(loss, self.batch | {"items": self.share * self.ranks})
         (value * self.ranks).backward()  # FSDP2 averages
         self.optimizer.step()
         return value.detach()
@@ -147,7 +148,8 @@ def loss_ours(hidden: Tensor, weight: Tensor, batch: dict[str, Any]) -> Tensor:
 def _from_logps(logps: Tensor, batch: dict[str, Any]) -> Tensor:
     """The sum over tokens, in plain torch."""
     ratio, advantages = (logps - batch["old_logps"]).exp(), batch["advantages"][:, None]
-    return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum()
+    total: Tensor = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum()
+    return total
 
 
 def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
@@ -155,19 +157,20 @@ def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def loss_eager(hidden: Tensor, weight: Tensor, batch: dict[str, Any]) -> Tensor:
-    return _from_logps(_chosen((hidden @ weight.T).float(), batch["completion_ids"]), batch) / batch["items"]
+    items: int = batch["items"]
+    return _from_logps(_chosen((hidden @ weight.T).float(), batch["completion_ids"]), batch) / items
 
 
 def loss_trl(hidden: Tensor, weight: Tensor, batch: dict[str, Any]) -> Tensor:
     """TRL's fused head, as under FSDP2 it would be called with a whole one."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
-    ids = batch["completion_ids"]
-    rows = hidden.flatten(0, 1)
+    ids, rows = batch["completion_ids"], hidden.flatten(0, 1)
+    items: int = batch["items"]
     logps = _ChunkedLogProbFunction.apply(
         rows, weight, None, ids.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
     )[0]
-    return _from_logps(logps.view(ids.shape), batch) / batch["items"]
+    return _from_logps(logps.view(ids.shape), batch) / items
 
 
 def _remember(hidden: Tensor, weight: Tensor, batch: dict[str, Any]) -> Tensor:
