@@ -19,14 +19,15 @@ from .harness import DEVICE, Benchmark, Provider, Record, Task, Timer, run_task
 from .ranks import merged
 
 NOTES = """\
-A transformers model of Qwen2.5-1.5B's shape with random weights in bfloat16, its head tied to its embedding: forward,
-loss, backward and fused AdamW, without activation checkpointing. Every GPU has as many tokens, so without losses a
-step takes as long on several as on one. On one GPU nothing is sharded and each does the same work beside the others;
-on several, each layer and the root are wrapped by `fully_shard`, and the loss is called in the `forward` of the module
-that owns the head, where its weight is whole. The ceiling is the step without head and loss. The loss is the default
-(`dapo`) over the tokens of all GPUs. Errors are against one process over the batch of all GPUs, its log-softmax in
-float64 and the model as it is, in bfloat16: the loss, and the gradient of the last norm's weight, relative in the
-Frobenius norm. Memory is the peak of a GPU beyond its part of weights and optimizer."""
+A transformers model of Qwen2.5-1.5B's shape with random weights in bfloat16, its head tied to its embedding:
+forward, loss, backward and fused AdamW, without activation checkpointing. Every GPU has as many tokens, so
+without losses a step takes as long on several as on one. On one GPU nothing is sharded and each does the same
+work beside the others; on several, each layer and the root are wrapped by `fully_shard`, and the loss is called
+in the `forward` of the module that owns the head, where its weight is whole. The ceiling is the step without head
+and loss. The loss is the default (`dapo`) over the tokens of all GPUs. Errors are against one process over the
+batch of all GPUs, its log-softmax in float64 and the model as it is, in bfloat16: the loss, and the gradient of
+the last norm's weight, relative in the Frobenius norm. Memory is the peak of a GPU beyond its part of weights and
+optimizer."""
 
 
 @dataclass(frozen=True)
