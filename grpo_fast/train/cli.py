@@ -212,7 +212,6 @@ def _eval(options: dict[str, Any], command: str) -> None:
     from grpo_fast.train.model import load_policy, quiet_transformers
     from grpo_fast.train.report import evaluation_table
     from grpo_fast.train.settings import load_settings
-    from grpo_fast.train.tasks import load_task
     from grpo_fast.train.trainer import SETTINGS_FILE
 
     quiet_transformers()
@@ -222,11 +221,10 @@ def _eval(options: dict[str, Any], command: str) -> None:
     if options["model"] is None and not (folder / "model").is_dir():
         raise ValueError(f"folder: {folder} holds no finished run; want one, or --model")
     settings = load_settings({}, folder / SETTINGS_FILE)
-    task = load_task(settings.task, **{"seed": settings.seed * 10**9, **settings.task_overrides()})
     policy = load_policy(options["model"] or str(folder / "model"), device=settings.device)
     found = evaluate(
         policy,
-        task,
+        settings.load_task(),
         options["split"],
         problems=options["problems"],
         samples=options["samples"],

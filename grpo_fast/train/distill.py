@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,17 +69,20 @@ def distill(
         raise ValueError(f"divergence: got {settings.divergence} without a teacher, want one, or None")
     policy = load_policy(settings.model, device=settings.device, seed=settings.seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    state: dict[str, Any] = {"done": 0, "tokens": 0, "seconds": 0.0}
+    state: dict[str, Any] = {"steps": 0, "tokens": 0, "seconds": 0.0}
     if (checkpoint := find_checkpoint(folder)) is not None:
         state = read_state(checkpoint)
         restore(checkpoint, policy.model, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder(folder, last_step=state["done"])
     batches = _batches(len(examples), settings)
     policy.model.train()
     started = time.perf_counter() - state["seconds"]
-    with progress("distill", len(batches), state["done"]) as advance, stop_flag() as stop:
-        for step in range(state["done"], len(batches)):
+    with (
+        closing(Recorder(folder, last_step=state["steps"])) as recorder,
+        progress("distill", len(batches), state["steps"]) as advance,
+        stop_flag() as stop,
+    ):
+        for step in range(state["steps"], len(batches)):
             chosen = [examples[i] for i in batches[step]]
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * max(0.1, 1 - step / len(batches))
@@ -91,18 +95,16 @@ def distill(
             optimizer.step()
             optimizer.zero_grad()
             tokens = sum(len(policy.completion(text)) for _, text in chosen)
-            state = {"done": step + 1, "tokens": state["tokens"] + tokens, "seconds": time.perf_counter() - started}
+            state = {"steps": step + 1, "tokens": state["tokens"] + tokens, "seconds": time.perf_counter() - started}
             recorder.write(step + 1, {"loss": loss.item()})
             advance(f"loss {loss.item():.3f}")
             stopped = stop()
             if stopped or (step + 1) % settings.save_every == 0:
                 save_checkpoint(folder, policy.model, optimizer, state)
             if stopped:
-                recorder.close()
                 raise RunStopped
-    recorder.close()
     policy.save(folder / "model")
-    summary = {"settings": asdict(settings), "examples": len(examples), "steps": state["done"], **state}
+    summary = {"settings": asdict(settings), "examples": len(examples), **state}
     write_json(folder / SUMMARY_FILE, summary)
     return summary
 

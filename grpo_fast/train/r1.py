@@ -27,7 +27,7 @@ from grpo_fast.train.rewards import extract_answer
 from grpo_fast.train.rollout import sample
 from grpo_fast.train.settings import Settings
 from grpo_fast.train.supervised import worked
-from grpo_fast.train.tasks import Problem, Task, load_task
+from grpo_fast.train.tasks import Problem, Task
 from grpo_fast.train.traces import Traces, collect
 from grpo_fast.train.trainer import SETTINGS_FILE, train
 
@@ -81,7 +81,7 @@ def run_r1(
     base = replace(TEACHER, seed=seed, device=device, **(_SMALL if small else {}))
     counts = (4, 2) if small else (TRACE_PROBLEMS, TRACE_SAMPLES)
     student_steps, control_steps = (1, 2) if small else (STUDENT_STEPS, CONTROL_STEPS)
-    task = load_task(base.task, **{"seed": seed * 10**9, **base.task_overrides()})
+    task = base.load_task()
 
     def reinforce(name: str, settings: Settings) -> None:
         """A run of GRPO, its cold start included."""
@@ -103,7 +103,7 @@ def run_r1(
         # The teacher of a small run is never right.
         examples = worked(task.problems("train", 0, 8)) if small else traces.examples(task)
         settings = DistillSettings(model=STUDENT, divergence=divergence, device=device, seed=seed)
-        teacher = load_policy(str(folder / "r1" / "model"), device=device)
+        teacher = None if divergence is None else load_policy(str(folder / "r1" / "model"), device=device)
         distill(settings, examples, folder / "distilled", teacher)
     model = str(folder / "distilled" / "model")
     reinforce("student", replace(base, model=model, cold_start_steps=0, steps=student_steps))
@@ -118,7 +118,8 @@ def measure(
     folder: Path, base: Settings, task: Task, traces: Traces, *, problems: int, samples: int
 ) -> dict[str, Any]:
     """Every model on the same test problems, by level too, and without its chain of thought."""
-    models = {}
+    models, chosen = {}, task.problems("test", 0, problems)
+    tasks = {level: base.load_task(**overrides) for level, overrides in LEVELS.items()}
     for name, title in MODELS.items():
         policy = load_policy(str(folder / name), device=base.device)
         options: dict[str, Any] = dict(
@@ -126,13 +127,11 @@ def measure(
         )
         found = asdict(evaluate(policy, task, "test", problems=problems, samples=samples, **options))
         levels = {}
-        for level, overrides in LEVELS.items():
-            other = load_task(base.task, **{"seed": base.seed * 10**9, **overrides})
+        for level, other in tasks.items():
             few = evaluate(
                 policy, other, "test", problems=max(problems // 2, 1), samples=max(samples // 4, 1), **options
             )
             levels[level] = (few.pass_at_1, few.pass_at_1_se)
-        chosen = task.problems("test", 0, problems)
         size = sum(p.numel() for p in policy.model.parameters())
         thoughtless = without_thought(policy, task, chosen)
         models[name] = {"title": title, "parameters": size, **found, "levels": levels, "without_thought": thoughtless}
@@ -142,7 +141,6 @@ def measure(
         "models": models,
         "traces": {"kept": len(traces.kept), "sampled": traces.sampled, "right": traces.right},
         "seconds": {stage: summary["seconds"] for stage, summary in summaries.items()},
-        "steps": {stage: summary.get("settings", {}).get("steps") for stage, summary in summaries.items()},
         "task": base.task,
         "seed": base.seed,
         "device": device_name(policy.device),

@@ -73,6 +73,10 @@ class Ranks:
         dist.all_gather_object(found, value)
         return found
 
+    def wait(self) -> None:
+        """Until every rank has come here."""
+        self.gather(None)
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on any rank."""
         return any(self.gather(flag))

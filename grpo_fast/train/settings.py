@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast import GRPOLossConfig
-from grpo_fast.train.tasks import TASKS
+from grpo_fast.train.tasks import TASKS, Task, load_task
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -109,6 +109,11 @@ class Settings:
         """The options of the loss."""
         names = {f.name for f in fields(GRPOLossConfig)} & {f.name for f in fields(self)}
         return GRPOLossConfig(**{n: getattr(self, n) for n in names}, max_completion_length=self.max_new_tokens)
+
+    def load_task(self, **overrides: Any) -> Task:
+        """The task, its problems drawn by the seed; ``overrides`` win over ``task_options``."""
+        # Items of reasoning-gym are drawn from seed + index, so seeds must lie further apart than a run reads.
+        return load_task(self.task, **{"seed": self.seed * 10**9, **self.task_overrides(), **overrides})
 
     def task_overrides(self) -> dict[str, Any]:
         """``task_options`` as a dictionary."""

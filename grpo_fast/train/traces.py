@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from grpo_fast.train.checkpoint import write_json
 from grpo_fast.train.model import Policy
 from grpo_fast.train.progress import progress
 from grpo_fast.train.rewards import extract_answer, format_reward
@@ -41,10 +42,8 @@ class Traces:
         return [(task.problem("train", index), text) for index, text in self.kept]
 
     def write(self, path: Path) -> None:
-        """As JSON, under a temporary name first."""
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        partial.replace(path)
+        """As JSON."""
+        write_json(path, asdict(self))
 
     @staticmethod
     def read(path: Path) -> Traces:

@@ -32,7 +32,7 @@ from grpo_fast.train.rewards import (
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import Settings, to_json
 from grpo_fast.train.supervised import supervised_loss, worked
-from grpo_fast.train.tasks import Problem, Split, load_task
+from grpo_fast.train.tasks import Problem, Split
 from grpo_fast.train.update import grpo_update, reference_logps, slices
 
 SETTINGS_FILE = "settings.json"
@@ -110,8 +110,7 @@ class Run:
                 "scale_rewards: got 'batch' with several ranks, want 'group' or 'none': a rank has a part"
             )
         self.settings, self.folder, self.ranks = settings, folder, ranks
-        # Items of reasoning-gym are drawn from seed + index, so seeds must lie further apart than a run reads.
-        self.task = load_task(settings.task, **{"seed": settings.seed * 10**9, **settings.task_overrides()})
+        self.task = settings.load_task()
         self.policy = load_policy(settings.model, device=settings.device, seed=settings.seed)
         self.rewards = reward_functions(settings, self.task)
 
@@ -129,7 +128,8 @@ class Run:
             restore(checkpoint, self.policy.model, self.optimizer)
         # Only now that all of it has been found right, by all ranks, is the folder a run's.
         self.recorder: Recorder | None = None
-        if all(ranks.gather(True)) and ranks.first:
+        ranks.wait()
+        if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / SETTINGS_FILE, to_json(settings))
             self.recorder = Recorder(folder, last_step=self.done if self.phase == GRPO else -1)
@@ -346,7 +346,7 @@ class Run:
         }
         if self.ranks.first:
             save_checkpoint(self.folder, self.policy.model, self.optimizer, state)
-        self.ranks.gather(None)
+        self.ranks.wait()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
