@@ -22,7 +22,7 @@ from grpo_fast.train.settings import Settings
 from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import load_task
 from grpo_fast.train.trainer import RunStopped, train
-from grpo_fast.train.update import grpo_update, reference_logps
+from grpo_fast.train.update import grpo_gradients, optimizer_step, reference_logps
 
 RANKS = 2
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "luspo", "cispo")
@@ -91,7 +91,8 @@ def update(ranks: Ranks, loss_type: str) -> dict[str, Any]:
     groups = ranks.share(range(6))
     rows = slice(4 * groups[0], 4 * groups[-1] + 4)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
-    metrics = grpo_update(policy, optimizer, batch.part(rows), rewards[rows], ref_logps[rows], settings, ranks)
+    metrics = grpo_gradients(policy, batch.part(rows), rewards[rows], ref_logps[rows], settings, ranks)
+    metrics["grad_norm"] = optimizer_step(policy, optimizer, settings.max_grad_norm)
     return {"metrics": metrics, "model": {n: p.detach() for n, p in policy.model.named_parameters()}}
 
 
@@ -107,7 +108,7 @@ def write_updates(ranks: Ranks, folder: Path) -> None:
 
 def run_until_stopped(ranks: Ranks, folder: Path) -> None:
     """Until the second rank, and it alone, is told to stop, in the third step of GRPO."""
-    original, calls = trainer.grpo_update, []
+    original, calls = trainer.grpo_gradients, []
 
     def interrupt(*args: Any) -> Any:
         calls.append(args)
@@ -115,7 +116,7 @@ def run_until_stopped(ranks: Ranks, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
-    trainer.grpo_update = interrupt  # type: ignore[assignment]
+    trainer.grpo_gradients = interrupt  # type: ignore[assignment]
     try:
         train(RUN, folder)
     except RunStopped:

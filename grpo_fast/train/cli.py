@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         "r1", help="R1 in miniature: RL, distillation, and what each is worth", description=_R1_HELP
     )
     r1.set_defaults(run=_r1)
+    r1.add_argument(
+        "--preset", choices=("tiny", "small"), default="tiny", help="tiny, for two CPU cores, or small, for one GPU"
+    )
     r1.add_argument("--out", type=Path, default=Path("runs/r1"), help="folder of all stages (default: runs/r1)")
     r1.add_argument("--seed", type=int, default=0, help="everything random follows from it (default: 0)")
     r1.add_argument(
@@ -185,7 +188,9 @@ def _r1(options: dict[str, Any], command: str) -> None:
     from rich.console import Console
 
     from grpo_fast.train.model import quiet_transformers
-    from grpo_fast.train.r1 import lessons, run_r1
+    from grpo_fast.train.r1 import run_r1
+    from grpo_fast.train.r1_measure import lessons
+    from grpo_fast.train.r1_presets import PRESETS
     from grpo_fast.train.r1_report import REPORT_FILE, table, write
     from grpo_fast.train.trainer import RunStopped
 
@@ -193,14 +198,14 @@ def _r1(options: dict[str, Any], command: str) -> None:
     _keep_freed_memory()
     folder: Path = options.pop("out")
     try:
-        run_r1(folder, **options)
+        run_r1(folder, PRESETS[options.pop("preset")], **options)
     except RunStopped:
         print(f"go on with: {command}", file=sys.stderr)
         raise
     measured = write(folder)
     console = Console()
     console.print(table(measured))
-    for lesson, holds, numbers in lessons(measured):
+    for lesson, holds, numbers in lessons(measured["models"]):
         console.print(f"{'holds' if holds else 'does not hold here'}: {lesson}. {numbers}.", highlight=False)
     console.print(f"{folder / REPORT_FILE} shows it all", highlight=False)
 

@@ -1,4 +1,4 @@
-"""How good a policy is, measured as in the DeepSeek-R1 paper: pass@1 from samples, cons@k, greedy accuracy."""
+"""How good a policy is, measured as in the DeepSeek-R1 paper: pass@k from samples, cons@k, greedy accuracy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from grpo_fast.train.corrections import count_corrections
 from grpo_fast.train.model import Policy
 from grpo_fast.train.rewards import extract_answer, format_reward
 from grpo_fast.train.rollout import Rollout, sample
@@ -19,8 +20,14 @@ from grpo_fast.train.tasks import Problem, Split, Task
 #: Words by which a completion shows that it goes over its own reasoning again.
 RECHECKS: tuple[str, ...] = ("wait", "check", "recheck", "verify", "again", "hmm", "actually", "mistake", "let me re")
 
+#: Sizes of a majority vote that are measured where there are samples enough.
+CONSENSUS: tuple[int, ...] = (16, 64)
+
 # Completions that are sampled at once.
 _BATCH = 512
+
+# Groups of like length that accuracy is given for, at most.
+_LENGTHS = 8
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,16 @@ class Evaluation:
         pass_at_1: Mean over problems of the share of right samples (arXiv 2501.12948, section 3).
         pass_at_1_se: Its standard error, samples of a problem taken together as one draw.
         cons_at_k: Share of problems where the answer most samples give is right.
+        pass_at: (k, estimate, standard error) of pass@k, for powers of 2 up to ``samples``.
+        cons_at: (k, estimate, standard error) of the majority vote among k samples, for ``CONSENSUS``: each
+            problem's samples give as many votes as k goes into them.
         mean_length: Mean tokens of the samples, end token included.
         truncated: Share of samples that did not end.
         well_formed: Share of samples in the format of ``format_reward``.
         rechecks: Share of samples that hold one of ``RECHECKS``.
+        right_if_rechecked: Share of right ones among those samples; None where there is none.
+        corrections: As ``Corrections``, over the samples.
+        by_length: (mean tokens, samples, share right) of samples of like length, shortest first.
         examples: The first problems with their greedy completions.
     """
 
@@ -47,10 +60,15 @@ class Evaluation:
     pass_at_1: float
     pass_at_1_se: float
     cons_at_k: float
+    pass_at: list[tuple[int, float, float]]
+    cons_at: list[tuple[int, float, float]]
     mean_length: float
     truncated: float
     well_formed: float
     rechecks: float
+    right_if_rechecked: float | None
+    corrections: dict[str, int]
+    by_length: list[tuple[float, int, float]]
     examples: list[dict[str, Any]]
 
 
@@ -106,20 +124,36 @@ def evaluate(
     groups = [texts[i : i + samples] for i in range(0, len(texts), samples)]
     right = [[_right(task, p, text) for text in group] for p, group in zip(chosen, groups, strict=True)]
     mean, error = mean_and_error([sum(r) / samples for r in right])
-    votes = [majority([extract_answer(text) for text in group]) for group in groups]
+    answers = [[extract_answer(text) for text in group] for group in groups]
+
+    def consensus(k: int) -> tuple[float, float]:
+        votes = [[majority(given[i : i + k]) for i in range(0, samples - k + 1, k)] for given in answers]
+        shares = [[task.verify(vote, p) for vote in each] for p, each in zip(chosen, votes, strict=True)]
+        return mean_and_error([sum(each) / len(each) for each in shares])
+
     greedy_right = [_right(task, p, text) for p, text in zip(chosen, greedy, strict=True)]
-    lengths = torch.cat([rollout.completion_mask.sum(1) for rollout in sampled]).float()
+    lengths = torch.cat([rollout.completion_mask.sum(1) for rollout in sampled]).tolist()
+    each_right = [ok for group in right for ok in group]
+    rechecked = [ok for text, ok in zip(texts, each_right, strict=True) if rechecks(text)]
     return Evaluation(
         problems=problems,
         samples=samples,
         greedy=sum(greedy_right) / problems,
         pass_at_1=mean,
         pass_at_1_se=error,
-        cons_at_k=sum(task.verify(vote, p) for vote, p in zip(votes, chosen, strict=True)) / problems,
-        mean_length=lengths.mean().item(),
+        cons_at_k=consensus(samples)[0],
+        pass_at=[
+            (k, *mean_and_error([pass_at_k(samples, sum(r), k) for r in right]))
+            for k in (2**i for i in range(samples.bit_length()))
+        ],
+        cons_at=[(k, *consensus(k)) for k in CONSENSUS if k <= samples],
+        mean_length=sum(lengths) / len(lengths),
         truncated=torch.cat([rollout.truncated for rollout in sampled]).float().mean().item(),
         well_formed=sum(r or 0.0 for r in format_reward(texts)) / len(texts),
-        rechecks=sum(rechecks(text) for text in texts) / len(texts),
+        rechecks=len(rechecked) / len(texts),
+        right_if_rechecked=sum(rechecked) / len(rechecked) if rechecked else None,
+        corrections=asdict(count_corrections(texts)),
+        by_length=accuracy_by_length(lengths, each_right),
         examples=[
             {"question": p.compact, "answer": p.answer, "completion": text, "right": ok}
             for p, text, ok in list(zip(chosen, greedy, greedy_right, strict=True))[:6]
@@ -131,6 +165,25 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean of independent values and its standard error (0 for a single one)."""
     n, mean = len(values), sum(values) / len(values)
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Chance that one of k samples is right, estimated without bias from ``right`` of ``samples``.
+
+    1 - C(n - c, k) / C(n, k), of arXiv 2107.03374, section 2.1.
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def accuracy_by_length(lengths: Sequence[int], right: Sequence[bool]) -> list[tuple[float, int, float]]:
+    """Samples of like length together, those of one length never apart: mean length, how many, share right."""
+    least = len(lengths) / _LENGTHS
+    groups: list[list[tuple[int, bool]]] = [[]]
+    for length, ok in sorted(zip(lengths, right, strict=True)):
+        if len(groups[-1]) >= least and groups[-1][-1][0] != length:
+            groups.append([])
+        groups[-1].append((length, ok))
+    return [(sum(n for n, _ in g) / len(g), len(g), sum(ok for _, ok in g) / len(g)) for g in groups]
 
 
 def majority(answers: Sequence[str | None]) -> str | None:

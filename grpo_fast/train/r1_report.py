@@ -1,10 +1,9 @@
-"""What a person looks at after ``grpo-fast r1``: one page with its figures in it, a table, and sample answers."""
+"""What a person looks at after ``grpo-fast r1``: one page with its figures in it, tables, and sample answers."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,33 +11,33 @@ from typing import Any
 
 from rich.table import Table
 
-from grpo_fast.train.r1 import LEVELS, MEASURED_FILE, MODELS, lessons
-from grpo_fast.train.recorder import METRICS_FILE, read_metrics
-from grpo_fast.train.report import smooth
+from grpo_fast.train.r1 import MEASURED_FILE
+from grpo_fast.train.r1_figures import RUNS, abilities, training
+from grpo_fast.train.r1_measure import MODELS, lessons
 
 REPORT_FILE = "report.html"
-FIGURE_FILE = "report.png"
+TRAINING_FILE, ABILITIES_FILE = "training.png", "abilities.png"
 
-_RUNS = {"zero": "R1-Zero", "r1": "R1", "student": "distilled student + RL", "control": "student, RL only"}
-# (title, unit, metric)
-_PANELS = (
-    ("Accuracy on dev problems", "pass@1, dashed: before GRPO", "eval/pass@1"),
-    ("Majority vote", "cons@8 on dev problems", "eval/cons@k"),
-    ("Response length", "tokens a completion", "completions/mean_length"),
-    ("Reward", "mean of the batch", "reward"),
-    ("Distance from the start", "KL, nats a token", "kl"),
-    ("Entropy", "nats a token", "entropy"),
-)
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
+_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:80em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background:#f4f4f4;padding:0 .2em}
 .yes{color:#176b2c}.no{color:#a03020}"""
+# Parts of a run's seconds, and what the page calls them.
+_PARTS = {
+    "cold_start": "supervised",
+    "rollout": "rollout",
+    "rewards": "scoring",
+    "loss": "loss",
+    "optimizer": "optimizer",
+    "evaluation": "evaluation",
+}
 
 
 def table(measured: dict[str, Any]) -> Table:
     """All models on the same test problems, for the terminal."""
-    columns, rows = cells(measured)
-    made = Table(title=f"{measured['task']}, seed {measured['seed']}, {measured['device']}")
+    columns, rows = cells(measured["models"])
+    recipe = measured["recipe"]
+    made = Table(title=f"{recipe['teacher']['task']}, seed {recipe['seed']}, {measured['device']}")
     for column in columns:
         made.add_column(column, justify="left" if column == "" else "right")
     for row in rows:
@@ -46,17 +45,17 @@ def table(measured: dict[str, Any]) -> Table:
     return made
 
 
-def cells(measured: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def cells(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of that table."""
-    models = measured["models"]
-    samples = next(iter(models.values()))["samples"]
-    columns = ["", "parameters", "pass@1", f"cons@{samples}", "greedy", "without thinking", "tokens", "well formed"]
+    first = next(iter(models.values()))
+    votes = [f"cons@{k}" for k, *_ in first["cons_at"]]
+    columns = ["", "parameters", "pass@1", *votes, "greedy", "without thinking", "tokens", "well formed"]
     rows = [
         [
             m["title"],
             f"{m['parameters'] / 1e6:.2f} M",
-            f"{m['pass_at_1']:.1%} ± {m['pass_at_1_se']:.1%}",
-            f"{m['cons_at_k']:.1%}",
+            _share(m["pass_at_1"], m["pass_at_1_se"]),
+            *(_share(share, error) for _, share, error in m["cons_at"]),
             f"{m['greedy']:.1%}",
             f"{m['without_thought'][0]:.1%}",
             f"{m['mean_length']:.1f}",
@@ -68,96 +67,98 @@ def cells(measured: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Write ``report.html``, which needs nothing beside it, and ``report.png``; returns what was measured."""
+    """Write ``report.html``, which needs nothing beside it, and its figures; returns what was measured."""
     measured: dict[str, Any] = json.loads((folder / MEASURED_FILE).read_text(encoding="utf-8"))
-    picture = _figure(folder)
-    for name, content in ((FIGURE_FILE, picture), (REPORT_FILE, _page(measured, picture).encode())):
+    pictures = [training(folder, measured["recipe"]["teacher"]), abilities(measured["models"])]
+    page = _page(measured, *pictures).encode()
+    for name, content in zip((TRAINING_FILE, ABILITIES_FILE, REPORT_FILE), (*pictures, page), strict=True):
         partial = folder / f"{name}.partial"
         partial.write_bytes(content)
         partial.replace(folder / name)
     return measured
 
 
-def _figure(folder: Path) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
-    runs = {name: read_metrics(folder / name / METRICS_FILE) for name in _RUNS}
-    for place, (title, unit, key) in enumerate(_PANELS, start=1):
-        axis = figure.add_subplot(2, 3, place)
-        for color, (name, rows) in enumerate(runs.items()):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if not points:
-                continue
-            steps, values = zip(*points, strict=True)
-            measured = key.startswith("eval/")
-            shown = list(values) if measured else smooth(values)
-            axis.plot(steps, shown, "o-" if measured else "-", ms=3, color=f"C{color}", label=_RUNS[name])
-            if key == "eval/pass@1" and steps[0] == 0:
-                axis.axhline(values[0], color=f"C{color}", ls="--", lw=0.8)
-        axis.set_title(title, loc="left", fontweight="bold")
-        axis.set(xlabel="GRPO step", ylabel=unit)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def _page(measured: dict[str, Any], picture: bytes) -> str:
-    models = measured["models"]
-    columns, rows = cells(measured)
+def _page(measured: dict[str, Any], over_steps: bytes, at_the_end: bytes) -> str:
+    models, recipe, traces = measured["models"], measured["recipe"], measured["traces"]
+    first = next(iter(models.values()))
     taught = [
         f'<li><b class="{"yes" if holds else "no"}">{"Holds" if holds else "Does not hold here"}:</b> '
         f"{html.escape(lesson)}. {html.escape(numbers)}.</li>"
-        for lesson, holds, numbers in lessons(measured)
+        for lesson, holds, numbers in lessons(models)
     ]
-    by_level = [
-        [m["title"], *(f"{m['levels'][level][0]:.1%} ± {m['levels'][level][1]:.1%}" for level in LEVELS)]
-        for m in (models[name] for name in MODELS)
-    ]
+    chosen = [models[name] for name in MODELS]
+    by_level = [[m["title"], *(_share(*m["levels"][level]) for level in first["levels"])] for m in chosen]
+    by_k = [[m["title"], *(_share(share, error) for _, share, error in m["pass_at"])] for m in chosen]
+    shown = ("zero/cold_start", "zero/model", "r1/model", "distilled/model", "control/model")
     examples = [
-        [
-            f"<code>{html.escape(example['question'])}</code>",
-            *(_answer(models[name]["examples"][i]) for name in ("zero/cold_start", "r1/model", "distilled/model")),
-        ]
+        [f"<code>{html.escape(example['question'])}</code>", *(_answer(models[n]["examples"][i]) for n in shown)]
         for i, example in enumerate(models["r1/model"]["examples"])
     ]
-    traces, first = measured["traces"], next(iter(models.values()))
-    seconds = [
-        [
-            _RUNS.get(stage, stage),
-            *(_shown(spent, part) for part in ("cold_start", "rollout", "rewards", "update", "evaluation")),
-        ]
-        for stage, spent in measured["seconds"].items()
-    ]
     parts = [
-        f"<h1>DeepSeek-R1 in miniature: {html.escape(measured['task'])}</h1>",
+        f"<h1>DeepSeek-R1 in miniature: {html.escape(recipe['teacher']['task'])}</h1>",
         f"<ul>{''.join(taught)}</ul>",
-        f'<img alt="accuracy, length, reward, KL and entropy over steps" '
-        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
+        _image("accuracy, length, self-corrections, reward, KL, clipped tokens and entropy over steps", over_steps),
         f"<h2>On {first['problems']} test problems, {first['samples']} samples each</h2>"
         "<p>No model was trained on them or chosen by them; ± is one standard error. Without thinking: the answer "
         "has to follow at once, which no model was trained to do.</p>",
-        _table(columns, rows),
+        _table(*cells(models)),
+        _image("pass@k, accuracy by level and by response length, with 95 % intervals", at_the_end),
+        "<h2>pass@k</h2>",
+        _table(["", *(f"pass@{k}" for k, *_ in first["pass_at"])], by_k),
         "<h2>pass@1 by level</h2>",
-        _table(["", *LEVELS], by_level),
-        f"<p>The teacher wrote {traces['sampled']:,} answers, {traces['right']:,} of them right. The student learned "
-        f"{traces['kept']:,}: the right and well formed, each once.</p>",
-        "<h2>Answers to the same problems, greedy</h2>",
-        _table(["problem", "base", "R1, the teacher", "distilled student"], examples),
+        _table(["", *first["levels"]], by_level),
+        "<h2>Slips and self-corrections</h2>"
+        "<p>Steps are equations of the samples' thoughts. A wrong one is noticed if “wait” follows, and repaired if "
+        "the same sum then comes out right; a false alarm is “wait” after a right one. The worked traces of the cold "
+        "start hold both slips and repairs.</p>",
+        _table(
+            ["", "samples with “wait”", "of them right", "steps", "wrong", "noticed", "repaired", "false alarms"],
+            [_corrections(m) for m in chosen],
+        ),
+        f"<p>The teacher wrote {traces['sampled']:,} answers in {traces['seconds']:.0f} s, {traces['right']:,} of "
+        f"them right. The student learned {traces['kept']:,}: the right and well formed, each once. In them are "
+        f"{traces['corrections']['repaired']:,} repaired slips.</p>",
+        "<h2>Answers to the same problems, greedy, with their reward</h2>",
+        _table(["problem", *(models[name]["title"] for name in shown)], examples),
         "<h2>Seconds</h2>",
-        _table(["", "supervised", "rollout", "scoring", "loss and optimizer", "evaluation"], seconds),
-        f"<p>On {html.escape(measured['device'])}, seed {measured['seed']}; "
+        _table(
+            ["", *_PARTS.values()],
+            [[RUNS.get(stage, stage), *_seconds(spent)] for stage, spent in measured["seconds"].items()],
+        ),
+        f"<p>On {html.escape(measured['device'])}, seed {recipe['seed']}; "
         f"{html.escape(', '.join(f'{name} {value}' for name, value in measured['versions'].items()))}.</p>",
+        f"<details><summary>Settings</summary><pre>{html.escape(json.dumps(recipe, indent=1))}</pre></details>",
     ]
     head = f'<!doctype html><meta charset="utf-8"><title>R1 in miniature</title><style>{_STYLE}</style>'
     return head + "\n".join(parts) + "\n"
 
 
+def _share(value: float, error: float) -> str:
+    return f"{value:.1%} ± {error:.1%}"
+
+
+def _image(description: str, picture: bytes) -> str:
+    return f'<img alt="{description}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+
+
 def _answer(example: dict[str, Any]) -> str:
-    return f"<code>{html.escape(example['completion'])}</code> {'✓' if example['right'] else '✗'}"
+    mark = "✓" if example["right"] else "✗"
+    return f"<code>{html.escape(example['completion'])}</code> {mark} {example['reward']:.1f}"
+
+
+def _corrections(model: dict[str, Any]) -> list[str]:
+    found, right = model["corrections"], model["right_if_rechecked"]
+    noticed, slips = found["noticed"], found["slips"]
+    return [
+        model["title"],
+        f"{model['rechecks']:.1%}",
+        "" if right is None else f"{right:.1%}",
+        f"{found['steps']:,}",
+        f"{slips:,}",
+        f"{noticed:,} ({noticed / max(slips, 1):.1%})",
+        f"{found['repaired']:,} ({found['repaired'] / max(noticed, 1):.1%} of them)",
+        f"{found['false_alarms']:,}",
+    ]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -166,8 +167,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _shown(spent: dict[str, float] | float, part: str) -> str:
-    """The seconds of a part of a stage; distillation has one part."""
-    if isinstance(spent, dict):
-        return f"{spent[part]:.0f}" if part in spent else ""
-    return f"{spent:.0f}" if part == "cold_start" else ""
+def _seconds(spent: dict[str, float] | float) -> list[str]:
+    """The seconds of a stage by part; distillation has one part."""
+    parts = spent if isinstance(spent, dict) else {"cold_start": spent}
+    return [f"{parts[part]:.0f}" if part in parts else "" for part in _PARTS]

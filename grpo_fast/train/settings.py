@@ -28,7 +28,8 @@ class Settings:
 
     model: str = _setting(
         "tiny",
-        "'tiny' or 'tiny-student' (0.4 and 0.1 M parameters, characters), 'smollm2-135m', a folder or a hub name",
+        "'tiny', 'tiny-student', 'small' or 'small-student' (0.4, 0.1, 3.2, 0.8 M parameters, characters), "
+        "'smollm2-135m', a folder or a hub name",
     )
     task: str = _setting("chain_sum", f"what to learn: {', '.join(TASKS)}")
     task_options: str = _setting("{}", "the task's own settings as JSON, such as '{\"max_terms\": 4}'")

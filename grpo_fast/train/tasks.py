@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import random
 import re
 import string
 import zlib
@@ -16,6 +17,9 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import reduce
 from typing import Any, Literal, get_args
+
+#: How a trace says that it takes its last step back: ``4-1=2,3;wait;4-1=3,3``.
+WAIT = "wait"
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -59,7 +63,7 @@ class Task:
     def __init__(self, name: str, dataset: Any) -> None:
         self.name = name
         self._dataset = dataset
-        self._write = _RECIPES[name][0]
+        self._write = _RECIPES[name].write
         self._positions: dict[Split, list[int]] = {split: [] for split in SPLITS}
 
     def problem(self, split: Split, index: int) -> Problem:
@@ -144,12 +148,13 @@ def load_task(name: str, **overrides: Any) -> Task:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
         raise ImportError("tasks need the package reasoning-gym: pip install 'grpo_fast[train]'") from error
-    known = {field.name for field in fields(DATASETS[name][1])} - {"size"}
+    recipe = _RECIPES[name]
+    known = {field.name for field in fields(DATASETS[recipe.dataset][1])} - {"size"}
     for key in overrides:
         if key not in known:
             raise ValueError(f"{key}: not a setting of task {name!r}, want one of {', '.join(sorted(known))}")
     try:
-        dataset = create_dataset(name, size=2**30, **{"seed": 0, **_RECIPES[name][1], **overrides})
+        dataset = create_dataset(recipe.dataset, size=2**30, **{"seed": 0, **recipe.settings, **overrides})
     except AssertionError as error:
         raise ValueError(f"overrides: task {name!r} got {overrides}: {error}") from error
     return Task(name, dataset)
@@ -244,6 +249,30 @@ def _write_arithmetic(entry: dict[str, Any]) -> tuple[str, str] | None:
     return None if trace is None else (f"{expression}=?", trace)
 
 
+#: Share of the steps of a checked sum that a worked trace gets wrong at first.
+_SLIPS = 0.15
+
+
+def _write_checked_sum(entry: dict[str, Any]) -> tuple[str, str] | None:
+    """As arithmetic, each result worked out twice; where the two differ it waits: ``1-5=-3,-4;wait;1-5=-4,-4``.
+
+    Which steps slip at first follows from the problem.
+    """
+    written = _write_arithmetic(entry)
+    if written is None:
+        return None
+    compact, trace = written
+    chance = random.Random(compact)
+    steps = []
+    for step in trace.split(";"):
+        result = step.partition("=")[2]
+        if chance.random() < _SLIPS:
+            slip = int(result) + chance.choice((-2, -1, 1, 2))
+            steps += [f"{step.removesuffix(result)}{slip},{result}", WAIT]
+        steps.append(f"{step},{result}")
+    return compact, ";".join(steps)
+
+
 def _write_products(entry: dict[str, Any]) -> tuple[str, str]:
     """One partial product for each digit of a factor: ``15*40=600;15*3=45;600+45=645``."""
     expression = entry["metadata"]["expression"].replace(" ", "")
@@ -301,17 +330,26 @@ def _write_countdown(entry: dict[str, Any]) -> tuple[str, str] | None:
     return None if trace is None else (f"make {target} from {numbers}", trace)
 
 
-_Writer = Callable[[dict[str, Any]], tuple[str, str] | None]
+@dataclass(frozen=True)
+class _Recipe:
+    """A dataset of reasoning-gym, what writes its items, and the settings in which the task differs from it."""
 
-# What writes a task's items, and the settings in which it differs from reasoning-gym's defaults.
-_RECIPES: dict[str, tuple[_Writer, dict[str, int]]] = {
-    "chain_sum": (_write_arithmetic, {"min_terms": 3, "max_terms": 5, "max_digits": 1}),
-    "basic_arithmetic": (_write_arithmetic, {"max_terms": 4, "max_digits": 1}),
-    "products": (_write_products, {"max_digits": 2}),
-    "gcd": (_write_gcd, {"min_value": 2, "max_value": 60}),
-    "spell_backward": (_write_spell_backward, {"max_word_len": 6}),
-    "letter_counting": (_write_letter_counting, {"min_words": 2, "max_words": 4}),
-    "countdown": (
+    dataset: str
+    write: Callable[[dict[str, Any]], tuple[str, str] | None]
+    settings: dict[str, int]
+
+
+_SUMS = {"min_terms": 3, "max_terms": 5, "max_digits": 1}
+_RECIPES: dict[str, _Recipe] = {
+    "chain_sum": _Recipe("chain_sum", _write_arithmetic, _SUMS),
+    "checked_sum": _Recipe("chain_sum", _write_checked_sum, _SUMS),
+    "basic_arithmetic": _Recipe("basic_arithmetic", _write_arithmetic, {"max_terms": 4, "max_digits": 1}),
+    "products": _Recipe("products", _write_products, {"max_digits": 2}),
+    "gcd": _Recipe("gcd", _write_gcd, {"min_value": 2, "max_value": 60}),
+    "spell_backward": _Recipe("spell_backward", _write_spell_backward, {"max_word_len": 6}),
+    "letter_counting": _Recipe("letter_counting", _write_letter_counting, {"min_words": 2, "max_words": 4}),
+    "countdown": _Recipe(
+        "countdown",
         _write_countdown,
         {"min_numbers": 3, "max_numbers": 3, "max_value": 9, "min_target": 1, "max_target": 50},
     ),

@@ -6,6 +6,7 @@ As the traces that DeepSeek-R1 was distilled by (arXiv 2501.12948, sections 2.3.
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,12 +31,14 @@ class Traces:
     Attributes:
         kept: (index of the problem in the train split, completion), distinct.
         sampled, right, well_formed: How many completions there were, and of those how many were each.
+        seconds: What they took.
     """
 
     kept: list[tuple[int, str]]
     sampled: int
     right: int
     well_formed: int
+    seconds: float
 
     def examples(self, task: Task) -> list[Example]:
         """What a student learns from."""
@@ -76,6 +79,7 @@ def collect(
     generator = torch.Generator(policy.device).manual_seed(seed)
     kept: dict[tuple[int, str], None] = {}
     sampled = right = well_formed = 0
+    started = time.perf_counter()
     batch = max(_BATCH // samples, 1)
     starts = range(first, first + problems, batch)
     with progress("traces", len(starts)) as advance:
@@ -99,4 +103,4 @@ def collect(
                 if is_right and formed[row]:
                     kept[indices[problem], text] = None
             advance(f"{len(kept)} kept of {sampled}")
-    return Traces(list(kept), sampled, right, well_formed)
+    return Traces(list(kept), sampled, right, well_formed, time.perf_counter() - started)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from grpo_fast.train.checkpoint import find_checkpoint, load_weights, read_state, restore, save_checkpoint, write_json
-from grpo_fast.train.evaluate import Evaluation, evaluate
+from grpo_fast.train.evaluate import Evaluation, evaluate, rechecks
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.progress import progress, stop_flag
 from grpo_fast.train.ranks import ALONE, Ranks
@@ -33,7 +33,7 @@ from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import Settings, to_json
 from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import Problem, Split
-from grpo_fast.train.update import grpo_update, reference_logps, slices
+from grpo_fast.train.update import grpo_gradients, optimizer_step, reference_logps, slices
 
 SETTINGS_FILE = "settings.json"
 
@@ -226,18 +226,22 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, warmup, decay)
         metrics: defaultdict[str, float] = defaultdict(float)
-        with self.timed("update"):
+        with self.timed("loss"):
             ref_logps = None if reference is None else reference_logps(reference, batch, s)  # (B, T)
-            for rows in [*slices(rewards.numel(), rewards.numel() // s.minibatches)] * s.num_iterations:
+        for rows in [*slices(rewards.numel(), rewards.numel() // s.minibatches)] * s.num_iterations:
+            with self.timed("loss"):
                 ref = None if ref_logps is None else ref_logps[rows]
-                update = grpo_update(self.policy, self.optimizer, batch.part(rows), rewards[rows], ref, s, self.ranks)
-                for name, value in update.items():
-                    metrics[name] += value / (s.minibatches * s.num_iterations)
+                update = grpo_gradients(self.policy, batch.part(rows), rewards[rows], ref, s, self.ranks)
+            with self.timed("optimizer"):
+                update["grad_norm"] = optimizer_step(self.policy, self.optimizer, s.max_grad_norm)
+            for name, value in update.items():
+                metrics[name] += value / (s.minibatches * s.num_iterations)
 
         own = {
             "reward": rewards,
             "length": batch.completion_mask.sum(-1).float(),
             "truncated": batch.truncated.float(),
+            "rechecks": torch.tensor([float(rechecks(text)) for text in batch.texts]),
         }
         parts = self.ranks.gather({name: x.cpu() for name, x in (own | scores.per_function).items()})
         of_all = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -250,6 +254,7 @@ class Run:
             "completions/mean_length": lengths.mean().item(),
             "completions/max_length": lengths.max().item(),
             "completions/clipped_ratio": of_all["truncated"].mean().item(),
+            "completions/rechecks": of_all["rechecks"].mean().item(),
             "num_tokens": lengths.sum().item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "step_time": time.perf_counter() - started,

@@ -1,4 +1,4 @@
-"""The update: one optimizer step of the GRPO loss on a batch of completions."""
+"""The update on a batch of completions: the gradient of the GRPO loss, then the optimizer's step."""
 
 from __future__ import annotations
 
@@ -18,28 +18,26 @@ from grpo_fast.train.settings import Settings
 _TOKEN_NORMALIZED = ("dapo", "cispo", "vespo")
 
 
-def grpo_update(
+def grpo_gradients(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
     batch: Rollout,
     rewards: Tensor,
     ref_logps: Tensor | None,
     settings: Settings,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Take one step; the gradient is accumulated over slices of whole groups, and over the ranks.
+    """Accumulate the gradient over slices of whole groups, and over the ranks.
 
     Args:
-        policy: The model that learns.
-        optimizer: Over its parameters.
+        policy: The model that learns; gets the gradients.
         batch: B completions, whose ``logps`` are the old ones of the ratio.
         rewards: (B,), NaN where unscorable; the loss normalizes them within their groups.
         ref_logps: (B, T) under the reference model, needed with ``settings.beta``.
         settings: The run's.
-        ranks: Each has completions of its own, which are the batch together; all take the same step.
+        ranks: Each has completions of its own, which are the batch together.
 
     Returns:
-        The loss's metrics as numbers (means over slices weighted by their rows), ``loss`` and ``grad_norm``.
+        The loss's metrics as numbers (means over slices weighted by their rows), and ``loss``.
     """
     config = settings.loss()
     num_items = ranks.sum(batch.completion_mask.sum()) if settings.loss_type in _TOKEN_NORMALIZED else None
@@ -70,10 +68,15 @@ def grpo_update(
             elif name not in ("policy_loss", "num_active_tokens"):
                 metrics[name] += value.item() * share
     ranks.sum_gradients(policy.model.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), settings.max_grad_norm)
+    return _over_ranks(metrics, ranks)
+
+
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
+    """Clip the gradients, take the step, clear them; returns their norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {**_over_ranks(metrics, ranks), "grad_norm": norm.item()}
+    return norm.item()
 
 
 def _over_ranks(metrics: dict[str, float], ranks: Ranks) -> dict[str, float]:
