@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ pytest.importorskip("reasoning_gym")
 import torch
 
 from grpo_fast.train import evaluate as module
-from grpo_fast.train.evaluate import evaluate, majority, mean_and_error, rechecks
+from grpo_fast.train.corrections import Corrections, count_corrections
+from grpo_fast.train.evaluate import (
+    accuracy_by_length,
+    evaluate,
+    majority,
+    mean_and_error,
+    pass_at_k,
+    rechecks,
+)
 from grpo_fast.train.recorder import Recorder, read_metrics
 from grpo_fast.train.report import table, write
 from grpo_fast.train.rollout import Rollout
@@ -45,6 +54,41 @@ def test_majority(answers: list[str | None], want: str | None) -> None:
 )
 def test_rechecks(text: str, want: bool) -> None:
     assert rechecks(text) is want
+
+
+@pytest.mark.parametrize(("right", "k"), [(0, 1), (1, 1), (2, 3), (3, 2), (4, 4), (5, 5), (6, 1)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(right: int, k: int) -> None:
+    samples = [True] * right + [False] * (6 - right)
+    subsets = list(itertools.combinations(samples, k))
+    assert pass_at_k(6, right, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+
+
+def test_accuracy_by_length_keeps_a_length_together() -> None:
+    lengths = [5] * 10 + [7] * 1 + [9] * 5
+    groups = accuracy_by_length(lengths, [True] * 10 + [False] + [True, False, True, False, True])
+    assert groups == [(5.0, 10, 1.0), (pytest.approx(52 / 6), 6, 0.5)]
+    assert accuracy_by_length([3], [False]) == [(3.0, 1, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("thought", "want"),
+    [
+        ("1+2=3,3;3-5=-2,-2", (2, 0, 0, 0, 0)),
+        ("4-1=2,3;wait;4-1=3,3", (2, 1, 1, 1, 0)),
+        ("4-1=2;wait;4-1=3", (2, 1, 1, 1, 0)),  # without a check, as in other sums
+        ("4-1=2,3;wait;4-1=4,3", (2, 2, 1, 0, 0)),
+        ("4-1=2,3;wait;4+1=5,5", (2, 1, 1, 0, 0)),  # another sum is no repair
+        ("4-1=2,2;3+3=6,6", (2, 1, 0, 0, 0)),
+        ("4-1=3,3;wait;4-1=3,3", (2, 0, 0, 0, 1)),
+        ("wait;4-1=2;wait", (1, 1, 1, 0, 0)),
+        ("4-1=;x;--1+2=1", (0, 0, 0, 0, 0)),
+        ("", (0, 0, 0, 0, 0)),
+    ],
+)
+def test_corrections(thought: str, want: tuple[int, ...]) -> None:
+    text = f"<think>{thought}</think><answer>1+1=3;wait</answer>"
+    assert count_corrections([text]) == Corrections(*want)
+    assert count_corrections([text, text]) == Corrections(*(2 * n for n in want))
 
 
 class Scripted:
@@ -84,7 +128,17 @@ def test_evaluate_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.pass_at_1_se == pytest.approx(mean_and_error([0, 0.25, 0.5, 0.75, 1])[1])
     assert found.cons_at_k == pytest.approx(3 / 5)  # the tie goes to the first sample, which is right
     assert found.greedy == pytest.approx(3 / 5)
+    assert [k for k, *_ in found.pass_at] == [1, 2, 4]
+    assert [share for _, share, _ in found.pass_at] == pytest.approx([0.5, (0 + 3 + 5 + 6 + 6) / 30, 4 / 5])
+    assert found.cons_at == []  # too few samples
+    assert found.right_if_rechecked == found.pass_at_1
+    assert found.by_length == [(3.0, 20, found.pass_at_1)]
     assert (found.mean_length, found.truncated, found.well_formed, found.rechecks) == (3.0, 0.0, 1.0, 1.0)
+    monkeypatch.setattr(module, "CONSENSUS", (2, 4, 8))
+    found = evaluate(policy, task, "dev", problems=5, samples=4, max_new_tokens=3, temperature=1.0, seed=0)
+    # Of two votes a problem: 0 + 0, 1 + 0 (a tie goes to the first), 1 + 0, 1 + 1 and 1 + 1.
+    want = [(2, *mean_and_error([0, 0.5, 0.5, 1, 1])), (4, *mean_and_error([0, 0, 1, 1, 1]))]
+    assert found.cons_at == [pytest.approx(one) for one in want]
     for bad in ({"problems": 0}, {"samples": 0}):
         with pytest.raises(ValueError, match="want at least 1"):
             evaluate(

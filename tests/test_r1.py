@@ -5,54 +5,158 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from grpo_fast.train import checkpoint, distill, r1, traces
+from grpo_fast.train import checkpoint, distill, r1, r1_measure, traces
 from grpo_fast.train.distill import DistillSettings
 from grpo_fast.train.model import load_policy
-from grpo_fast.train.r1 import MODELS, lessons, run_r1, without_thought
+from grpo_fast.train.r1 import run_r1
+from grpo_fast.train.r1_measure import MODELS, lessons, without_thought
+from grpo_fast.train.r1_presets import PRESETS, Preset
 from grpo_fast.train.r1_report import write
+from grpo_fast.train.rewards import format_reward
 from grpo_fast.train.rollout import Rollout
+from grpo_fast.train.settings import Settings
 from grpo_fast.train.supervised import divergence_loss, supervised_loss, worked
-from grpo_fast.train.tasks import completion_text, load_task
+from grpo_fast.train.tasks import Task, completion_text, load_task
 from grpo_fast.train.trainer import RunStopped
 
 STUDENT = DistillSettings(model="tiny-student", epochs=2, batch=4, save_every=3, device="cpu", seed=1)
 
 
-def test_all_stages_run_and_those_that_ended_do_not_run_again(
+#: Every stage in a second or two, and nothing learned.
+MINUTE = Preset(
+    teacher=Settings(
+        model="tiny",
+        task="checked_sum",
+        cold_start_steps=2,
+        cold_start_batch=8,
+        cold_start_check=2,
+        steps=2,
+        prompts=4,
+        group_size=2,
+        max_new_tokens=12,
+        eval_every=1,
+        eval_problems=2,
+        eval_samples=2,
+        test_problems=2,
+        save_every=1,
+    ),
+    student="tiny-student",
+    trace_problems=4,
+    student_steps=1,
+    control_steps=2,
+    problems=4,
+    samples=2,
+    level_problems=2,
+    level_samples=1,
+    levels={"easy": {"min_terms": 3, "max_terms": 3}, "longer": {"min_terms": 6, "max_terms": 6}},
+)
+
+
+@pytest.fixture
+def right_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps teach nothing: the traces are the worked ones."""
+
+    def collect(_: Any, task: Task, **options: Any) -> traces.Traces:
+        kept = [(i, completion_text(task.problem("train", i))) for i in range(options["problems"])]
+        return traces.Traces(kept, 8, 6, 6, 0.5)
+
+    monkeypatch.setattr(r1, "collect", collect)
+
+
+@pytest.mark.usefixtures("right_teacher")
+def test_a_recipe_killed_in_every_stage_comes_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, begun = r1.train, []
+    """Each stage fails once, having done all of its work but for the last file; the same command goes on."""
+    whole = run_r1(tmp_path / "whole", MINUTE, device="cpu")
+    stages = ("train", "collect", "distill", "measure")
+    calls: list[str] = []
 
-    def stop_at_student(settings: Any, place: Path, **options: Any) -> Any:
-        begun.append((place.name, options["resume"]))
-        if place.name == "student" and len(begun) == 3:
-            raise RunStopped
-        return original(settings, place, **options)
+    def fail_after(name: str) -> Any:
+        original = getattr(r1, name)
 
-    monkeypatch.setattr(r1, "train", stop_at_student)
-    with pytest.raises(RunStopped):
-        run_r1(tmp_path, device="cpu", small=True)
-    measured = run_r1(tmp_path, device="cpu", small=True)
-    assert [name for name, _ in begun] == ["zero", "r1", "student", "student", "control"]
-    assert run_r1(tmp_path, device="cpu", small=True) == measured  # all read from files
-    assert len(begun) == 5
+        def killed(*args: Any, **options: Any) -> Any:
+            found = original(*args, **options)
+            stage = args[1].name if name == "train" else name
+            calls.append(stage)
+            if calls.count(stage) > 1:
+                return found
+            if name in ("train", "distill"):
+                ((args[1] if name == "train" else args[2]) / "summary.json").unlink()
+            raise OSError("power cut")
 
+        return killed
+
+    for name in stages:
+        monkeypatch.setattr(r1, name, fail_after(name))
+    order = ["zero", "r1", "collect", "distill", "student", "control", "measure"]
+    for _ in order:
+        with pytest.raises(OSError, match="power cut"):
+            run_r1(tmp_path / "run", MINUTE, device="cpu")
+    measured = run_r1(tmp_path / "run", MINUTE, device="cpu")
+    assert calls == [stage for stage in order for _ in range(2)]
+    assert measured["models"] == whole["models"]
+    assert run_r1(tmp_path / "run", MINUTE, device="cpu") == measured  # all read from files
+    assert len(calls) == 2 * len(order)
+
+
+@pytest.mark.usefixtures("right_teacher")
+def test_all_stages_are_measured_and_reported(tmp_path: Path) -> None:
+    measured = run_r1(tmp_path, MINUTE, device="cpu")
     assert measured["models"].keys() == MODELS.keys()
     sizes = {name: m["parameters"] for name, m in measured["models"].items()}
     assert 0.2 < sizes["distilled/model"] / sizes["r1/model"] < 0.35
     assert sizes["control/model"] == sizes["student/model"] == sizes["distilled/model"]
     write(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2
     assert all(title in page for title in MODELS.values())
     assert "http" not in page  # it needs nothing beside it
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert all(f"<th>{part}</th>" in page for part in ("rollout", "scoring", "loss", "optimizer"))
+    assert measured["seconds"]["r1"].keys() >= {"rollout", "rewards", "loss", "optimizer"}
+    for example in measured["models"]["r1/model"]["examples"]:
+        assert example["reward"] == pytest.approx(
+            example["right"] + 0.1 * format_reward([example["completion"]])[0]  # type: ignore[operator]
+        )
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("training.png", "abilities.png"))
+
+
+@pytest.mark.usefixtures("right_teacher")
+def test_a_folder_begun_by_another_recipe_and_several_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_r1(tmp_path, MINUTE, device="cpu")
+    for message, preset, options in (
+        ("was begun with seed = 0, got 1", MINUTE, {"seed": 1}),
+        (r"was begun with divergence = None, got 0\.5", MINUTE, {"divergence": 0.5}),
+        (r"was begun with teacher = {'steps': 2}, got {'steps': 3}", grown(), {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_r1(tmp_path, preset, device="cpu", **options)  # type: ignore[arg-type]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="r1: got 2 ranks, want one process"):
+        run_r1(tmp_path, MINUTE, device="cpu")
+
+
+def grown() -> Preset:
+    return replace(MINUTE, teacher=replace(MINUTE.teacher, steps=3))
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_a_preset_fits_its_task_and_its_models(preset: Preset) -> None:
+    task, policy = preset.teacher.load_task(), load_policy(preset.student, device="cpu")
+    lengths = [len(policy.completion(completion_text(p))) for p in task.problems("train", 0, 300)]
+    assert sum(length > preset.teacher.max_new_tokens for length in lengths) <= 3
+    assert preset.samples >= 64
+    for options in preset.levels.values():
+        assert preset.teacher.load_task(**options).problem("test", 0)
 
 
 def test_only_right_and_well_formed_traces_are_kept_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +181,7 @@ def test_only_right_and_well_formed_traces_are_kept_each_once(monkeypatch: pytes
 
 
 def test_traces_survive_writing(tmp_path: Path) -> None:
-    found = traces.Traces([(3, "<think>a</think>"), (4, "b")], 8, 5, 6)
+    found = traces.Traces([(3, "<think>a</think>"), (4, "b")], 8, 5, 6, 1.5)
     found.write(tmp_path / "traces.json")
     assert traces.Traces.read(tmp_path / "traces.json") == found
     assert [file.name for file in tmp_path.iterdir()] == ["traces.json"]
@@ -152,18 +256,22 @@ def test_without_a_thought_the_answer_follows_at_once(monkeypatch: pytest.Monkey
         texts = [f"{problems[0].answer}</answer>", "nothing"]
         return Rollout(empty, empty, empty, empty, empty, texts, empty.bool())
 
-    monkeypatch.setattr(r1, "sample", answer)
+    monkeypatch.setattr(r1_measure, "sample", answer)
     share, _ = without_thought(policy, task, problems)
     assert share == 0.5
-    assert asked == [f"{problem.compact}{r1.NO_THOUGHT}" for problem in problems]
+    assert asked == [f"{problem.compact}{r1_measure.NO_THOUGHT}" for problem in problems]
 
 
 def test_a_lesson_holds_only_beyond_two_standard_errors() -> None:
     def model(title: str, accuracy: float, error: float = 0.02) -> dict[str, Any]:
         rest = {"greedy": 0.8, "problems": 200, "without_thought": (0.2, 0.03)}
+        rest["corrections"] = {"steps": 900, "slips": 100, "noticed": 70, "repaired": 66, "false_alarms": 3}
         return {"title": title, "pass_at_1": accuracy, "pass_at_1_se": error, **rest}
 
     accuracy = dict(zip(MODELS, (0.1, 0.5, 0.45, 0.8, 0.6, 0.64, 0.3), strict=True))
-    found = lessons({"models": {name: model(name, value) for name, value in accuracy.items()}})
-    assert [holds for _, holds, _ in found] == [True, True, True, True, False]
-    assert "+30.0 ± 2.8 points" in found[3][2]
+    models = {name: model(name, value) for name, value in accuracy.items()}
+    assert [holds for _, holds, _ in lessons(models)] == [True, True, True, True, True, False]
+    assert "+30.0 ± 2.8 points" in lessons(models)[4][2]
+    for repaired, slips in ((59, 100), (0, 0)):  # 59 of 100 is within two standard errors of half
+        models["r1/model"]["corrections"] |= {"slips": slips, "repaired": repaired}
+        assert not lessons(models)[1][1]

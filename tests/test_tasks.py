@@ -254,6 +254,24 @@ def test_word_traces_end_at_the_answer(name: str) -> None:
         assert re.split("[;:]", problem.trace)[-1] == problem.answer
 
 
+def test_a_checked_sum_waits_where_it_slipped_and_the_next_step_is_right() -> None:
+    slips = 0
+    for checked, plain in zip(some_problems("checked_sum"), some_problems("chain_sum"), strict=True):
+        assert (checked.compact, checked.answer) == (plain.compact, plain.answer)
+        kept, steps = [], checked.trace.split(";")
+        for place, step in enumerate(steps):
+            if step != "wait":
+                equation, _, check = step.partition(",")
+                left, _, result = equation.partition("=")
+                assert value(left) == int(check)
+                slipped = result != check
+                assert slipped == (place + 1 < len(steps) and steps[place + 1] == "wait")
+                slips += slipped
+                kept += [] if slipped else [equation]
+        assert ";".join(kept) == plain.trace
+    assert 20 < slips < 80  # of about 300 steps
+
+
 # Verifier
 
 
