@@ -272,6 +272,7 @@ def test_a_lesson_holds_only_beyond_two_standard_errors() -> None:
     models = {name: model(name, value) for name, value in accuracy.items()}
     assert [holds for _, holds, _ in lessons(models)] == [True, True, True, True, True, False]
     assert "+30.0 ± 2.8 points" in lessons(models)[4][2]
-    for repaired, slips in ((59, 100), (0, 0)):  # 59 of 100 is within two standard errors of half
-        models["r1/model"]["corrections"] |= {"slips": slips, "repaired": repaired}
+    assert "after 70.0% of 100 wrong steps and 0.4% of 800 right ones; 66 of 70" in lessons(models)[1][2]
+    for slips, noticed in ((100, 3), (0, 0)):  # 3 of 100 and 3 of 800 are within two standard errors of each other
+        models["r1/model"]["corrections"] |= {"slips": slips, "noticed": noticed}
         assert not lessons(models)[1][1]

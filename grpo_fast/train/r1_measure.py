@@ -97,7 +97,7 @@ def lessons(models: dict[str, dict[str, Any]]) -> list[tuple[str, bool, str]]:
     thought = f"{teacher['title']}, greedy, {at_once:.1%} when it must answer at once, {share:.1%} when it may think"
     return [
         ("A chain of thought helps", share - at_once > 2 * error, thought),
-        ("It notices its slips and repairs them", *_repairs(teacher)),
+        ("It notices its slips: it waits more often after a wrong step than after a right one", *_notices(teacher)),
         (
             "RL raises accuracy from a base that hardly knows more than the format",
             *beats("zero/model", "zero/cold_start"),
@@ -111,12 +111,13 @@ def lessons(models: dict[str, dict[str, Any]]) -> list[tuple[str, bool, str]]:
     ]
 
 
-def _repairs(model: dict[str, Any]) -> tuple[bool, str]:
-    """Whether more than half of the wrong steps come out right after all, beyond two standard errors."""
+def _notices(model: dict[str, Any]) -> tuple[bool, str]:
     found = model["corrections"]
-    slips, repaired = found["slips"], found["repaired"]
-    if not slips:
-        return False, f"{model['title']} made no slip in {found['steps']} steps"
-    share = repaired / slips
-    numbers = f"{model['title']}: {slips} wrong steps of {found['steps']}, {found['noticed']} noticed"
-    return share - 0.5 > 2 * (share * (1 - share) / slips) ** 0.5, f"{numbers}, {repaired} repaired"
+    slips, right = found["slips"], found["steps"] - found["slips"]
+    if not slips or not right:
+        return False, f"{model['title']}: {slips} wrong steps of {found['steps']}"
+    noticed, alarms = found["noticed"] / slips, found["false_alarms"] / right
+    error = (noticed * (1 - noticed) / slips + alarms * (1 - alarms) / right) ** 0.5
+    waits = f"after {noticed:.1%} of {slips:,} wrong steps and {alarms:.1%} of {right:,} right ones"
+    repairs = f"{found['repaired']:,} of {found['noticed']:,} then come out right"
+    return noticed - alarms > 2 * error, f"{model['title']}, {waits}; {repairs}"
