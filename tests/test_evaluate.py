@@ -121,9 +121,8 @@ def test_evaluate_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         return Rollout(mask, mask, mask, mask, mask.float(), texts, torch.zeros(n, dtype=torch.bool))
 
     monkeypatch.setattr(module, "sample", sample)
-    monkeypatch.setattr(module, "_BATCH", 8)  # several calls
     policy: Any = Scripted()
-    found = evaluate(policy, task, "dev", problems=5, samples=4, max_new_tokens=3, temperature=1.0, seed=0)
+    found = evaluate(policy, task, "dev", problems=5, samples=4, max_new_tokens=3, temperature=1.0, seed=0, batch=8)
     assert found.pass_at_1 == pytest.approx((0 + 1 + 2 + 3 + 4) / 20)
     assert found.pass_at_1_se == pytest.approx(mean_and_error([0, 0.25, 0.5, 0.75, 1])[1])
     assert found.cons_at_k == pytest.approx(3 / 5)  # the tie goes to the first sample, which is right
@@ -135,11 +134,11 @@ def test_evaluate_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.by_length == [(3.0, 20, found.pass_at_1)]
     assert (found.mean_length, found.truncated, found.well_formed, found.rechecks) == (3.0, 0.0, 1.0, 1.0)
     monkeypatch.setattr(module, "CONSENSUS", (2, 4, 8))
-    found = evaluate(policy, task, "dev", problems=5, samples=4, max_new_tokens=3, temperature=1.0, seed=0)
+    found = evaluate(policy, task, "dev", problems=5, samples=4, max_new_tokens=3, temperature=1.0, seed=0, batch=8)
     # Of two votes a problem: 0 + 0, 1 + 0 (a tie goes to the first), 1 + 0, 1 + 1 and 1 + 1.
     want = [(2, *mean_and_error([0, 0.5, 0.5, 1, 1])), (4, *mean_and_error([0, 0, 1, 1, 1]))]
     assert found.cons_at == [pytest.approx(one) for one in want]
-    for bad in ({"problems": 0}, {"samples": 0}):
+    for bad in ({"problems": 0}, {"samples": 0}, {"batch": 0}):
         with pytest.raises(ValueError, match="want at least 1"):
             evaluate(
                 policy, task, "dev", **({"problems": 1, "samples": 1} | bad), max_new_tokens=3, temperature=1, seed=0

@@ -23,9 +23,6 @@ RECHECKS: tuple[str, ...] = ("wait", "check", "recheck", "verify", "again", "hmm
 #: Sizes of a majority vote that are measured where there are samples enough.
 CONSENSUS: tuple[int, ...] = (16, 64)
 
-# Completions that are sampled at once.
-_BATCH = 512
-
 # Groups of like length that accuracy is given for, at most.
 _LENGTHS = 8
 
@@ -82,6 +79,7 @@ def evaluate(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    batch: int = 512,
 ) -> Evaluation:
     """Measure a policy on the first problems of a split.
 
@@ -93,19 +91,20 @@ def evaluate(
         samples: Completions sampled of each, at least 1.
         max_new_tokens: Longest completion, in tokens.
         temperature: Of the samples; the greedy ones have none.
-        seed: The samples follow from it.
+        seed: The samples follow from it, and from ``batch``.
+        batch: Completions that are sampled at once, at least 1.
 
     Raises:
-        ValueError: ``problems`` or ``samples`` is below 1.
+        ValueError: ``problems``, ``samples`` or ``batch`` is below 1.
     """
-    for name, value in (("problems", problems), ("samples", samples)):
+    for name, value in (("problems", problems), ("samples", samples), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, want at least 1")
     chosen = task.problems(split, 0, problems)
     generator = torch.Generator(policy.device).manual_seed(seed)
 
     def complete(group_size: int, temperature: float) -> list[Rollout]:
-        step = max(1, _BATCH // group_size)
+        step = max(1, batch // group_size)
         return [
             sample(
                 policy,

@@ -79,11 +79,14 @@ def run_r1(
             max_new_tokens=base.max_new_tokens,
             temperature=base.temperature,
             seed=seed,
+            batch=base.eval_batch,
         )
         found.write(folder / TRACES_FILE)
     traces = Traces.read(folder / TRACES_FILE)
     if not (folder / "distilled" / SUMMARY_FILE).exists():
-        learning = DistillSettings(model=preset.student, divergence=divergence, device=device, seed=seed)
+        learning = DistillSettings(
+            model=preset.student, lr=preset.distill_lr, divergence=divergence, device=device, seed=seed
+        )
         shown = None if divergence is None else teacher()
         distill(learning, traces.examples(task), folder / "distilled", shown)
     distilled = str(folder / "distilled" / "model")

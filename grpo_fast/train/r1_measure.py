@@ -38,7 +38,9 @@ def measure(folder: Path, base: Settings, preset: Preset) -> dict[str, dict[str,
     task = base.load_task(seed=HELD_OUT_SEED)
     levels = {name: base.load_task(seed=HELD_OUT_SEED, **options) for name, options in preset.levels.items()}
     chosen = task.problems("test", 0, preset.problems)
-    options: dict[str, Any] = dict(max_new_tokens=base.max_new_tokens, temperature=base.temperature, seed=base.seed)
+    options: dict[str, Any] = dict(
+        max_new_tokens=base.max_new_tokens, temperature=base.temperature, seed=base.seed, batch=base.eval_batch
+    )
     models = {}
     for name, title in MODELS.items():
         policy = load_policy(str(folder / name), device=base.device)

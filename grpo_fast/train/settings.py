@@ -28,7 +28,7 @@ class Settings:
 
     model: str = _setting(
         "tiny",
-        "'tiny', 'tiny-student', 'small' or 'small-student' (0.4, 0.1, 3.2, 0.8 M parameters, characters), "
+        "'tiny', 'tiny-student', 'small' or 'small-student' (0.4, 0.1, 6.4, 1.6 M parameters, characters), "
         "'smollm2-135m', a folder or a hub name",
     )
     task: str = _setting("chain_sum", f"what to learn: {', '.join(TASKS)}")
@@ -73,6 +73,7 @@ class Settings:
     eval_every: int = _setting(20, "GRPO steps between two evaluations on dev problems; 0 for none")
     eval_problems: int = _setting(100, "dev problems of such an evaluation")
     eval_samples: int = _setting(8, "samples a problem, for pass@1 and cons@k")
+    eval_batch: int = _setting(512, "completions sampled at once in an evaluation; more need more memory")
     test_problems: int = _setting(250, "test problems, evaluated before and after GRPO only")
     save_every: int = _setting(50, "steps between two checkpoints")
 
@@ -129,7 +130,7 @@ class Settings:
 
 _AT_LEAST_ONE = tuple(
     "cold_start_batch cold_start_check steps prompts max_new_tokens minibatches num_iterations micro_prompts "
-    "eval_problems eval_samples test_problems save_every".split()
+    "eval_problems eval_samples eval_batch test_problems save_every".split()
 )
 _AT_LEAST_ZERO = tuple(
     "seed cold_start_steps cold_start_lr lr warmup_steps max_grad_norm weight_decay format_weight overlong_buffer "

@@ -20,9 +20,6 @@ from grpo_fast.train.rollout import sample
 from grpo_fast.train.supervised import Example
 from grpo_fast.train.tasks import Task
 
-#: Completions that are sampled at once.
-_BATCH = 512
-
 
 @dataclass(frozen=True)
 class Traces:
@@ -65,6 +62,7 @@ def collect(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    batch: int = 512,
 ) -> Traces:
     """Sample completions of train problems, and keep those that are right and well formed, each once.
 
@@ -74,17 +72,18 @@ def collect(
         first: Index of the first problem; those it was trained on come before.
         problems, samples: How many problems, and completions of each.
         max_new_tokens, temperature: Of the sampling.
-        seed: Everything random follows from it.
+        seed: Everything random follows from it, and from ``batch``.
+        batch: Completions that are sampled at once.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
     kept: dict[tuple[int, str], None] = {}
     sampled = right = well_formed = 0
     started = time.perf_counter()
-    batch = max(_BATCH // samples, 1)
-    starts = range(first, first + problems, batch)
+    step = max(batch // samples, 1)
+    starts = range(first, first + problems, step)
     with progress("traces", len(starts)) as advance:
         for start in starts:
-            indices = range(start, min(start + batch, first + problems))
+            indices = range(start, min(start + step, first + problems))
             chosen = [task.problem("train", index) for index in indices]
             prompts = [policy.prompt(problem) for problem in chosen]
             texts = sample(

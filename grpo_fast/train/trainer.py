@@ -314,6 +314,7 @@ class Run:
                 max_new_tokens=s.max_new_tokens,
                 temperature=s.temperature,
                 seed=s.seed,
+                batch=s.eval_batch,
             )
             return self.ranks.from_first(cast(Evaluation, found))
 
