@@ -66,8 +66,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(right: int, k: in
 def test_accuracy_by_length_keeps_a_length_together() -> None:
     lengths = [5] * 10 + [7] * 1 + [9] * 5
     groups = accuracy_by_length(lengths, [True] * 10 + [False] + [True, False, True, False, True])
-    assert groups == [(5.0, 10, 1.0), (pytest.approx(52 / 6), 6, 0.5)]
-    assert accuracy_by_length([3], [False]) == [(3.0, 1, 0.0)]
+    assert groups == [[5.0, 10, 1.0], [pytest.approx(52 / 6), 6, 0.5]]
+    assert accuracy_by_length([3], [False]) == [[3.0, 1, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_evaluate_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [share for _, share, _ in found.pass_at] == pytest.approx([0.5, (0 + 3 + 5 + 6 + 6) / 30, 4 / 5])
     assert found.cons_at == []  # too few samples
     assert found.right_if_rechecked == found.pass_at_1
-    assert found.by_length == [(3.0, 20, found.pass_at_1)]
+    assert found.by_length == [[3.0, 20, found.pass_at_1]]
     assert (found.mean_length, found.truncated, found.well_formed, found.rechecks) == (3.0, 0.0, 1.0, 1.0)
     monkeypatch.setattr(module, "CONSENSUS", (2, 4, 8))
     found = evaluate(policy, task, "dev", problems=5, samples=4, max_new_tokens=3, temperature=1.0, seed=0, batch=8)
     # Of two votes a problem: 0 + 0, 1 + 0 (a tie goes to the first), 1 + 0, 1 + 1 and 1 + 1.
-    want = [(2, *mean_and_error([0, 0.5, 0.5, 1, 1])), (4, *mean_and_error([0, 0, 1, 1, 1]))]
+    want = [[2, *mean_and_error([0, 0.5, 0.5, 1, 1])], [4, *mean_and_error([0, 0, 1, 1, 1])]]
     assert found.cons_at == [pytest.approx(one) for one in want]
     for bad in ({"problems": 0}, {"samples": 0}, {"batch": 0}):
         with pytest.raises(ValueError, match="want at least 1"):

@@ -218,8 +218,8 @@ class ChunkedHead:
         self.weight = weight.to(self.dtype)
         self._states = states
 
-        # On a GPU rows begin at multiples of 16 bytes, whatever V is. On a CPU torch's product in bfloat16 may read what
-        # fills them up.
+        # On a GPU rows begin at multiples of 16 bytes, whatever V is. On a CPU torch's product in bfloat16 may read
+        # what fills them up.
         width = -(-V // 8) * 8 if weight.is_cuda else V
         self._chunk_rows = self._section_rows = max(workspace_bytes // (4 * width), 1)
         if not keeps_logits:

@@ -38,8 +38,8 @@ class Evaluation:
         pass_at_1: Mean over problems of the share of right samples (arXiv 2501.12948, section 3).
         pass_at_1_se: Its standard error, samples of a problem taken together as one draw.
         cons_at_k: Share of problems where the answer most samples give is right.
-        pass_at: (k, estimate, standard error) of pass@k, for powers of 2 up to ``samples``.
-        cons_at: (k, estimate, standard error) of the majority vote among k samples, for ``CONSENSUS``: each
+        pass_at: [k, estimate, standard error] of pass@k, for powers of 2 up to ``samples``.
+        cons_at: [k, estimate, standard error] of the majority vote among k samples, for ``CONSENSUS``: each
             problem's samples give as many votes as k goes into them.
         mean_length: Mean tokens of the samples, end token included.
         truncated: Share of samples that did not end.
@@ -47,7 +47,7 @@ class Evaluation:
         rechecks: Share of samples that hold one of ``RECHECKS``.
         right_if_rechecked: Share of right ones among those samples; None where there is none.
         corrections: As ``Corrections``, over the samples.
-        by_length: (mean tokens, samples, share right) of samples of like length, shortest first.
+        by_length: [mean tokens, samples, share right] of samples of like length, shortest first.
         examples: The first problems with their greedy completions.
     """
 
@@ -57,15 +57,15 @@ class Evaluation:
     pass_at_1: float
     pass_at_1_se: float
     cons_at_k: float
-    pass_at: list[tuple[int, float, float]]
-    cons_at: list[tuple[int, float, float]]
+    pass_at: list[list[float]]
+    cons_at: list[list[float]]
     mean_length: float
     truncated: float
     well_formed: float
     rechecks: float
     right_if_rechecked: float | None
     corrections: dict[str, int]
-    by_length: list[tuple[float, int, float]]
+    by_length: list[list[float]]
     examples: list[dict[str, Any]]
 
 
@@ -142,10 +142,10 @@ def evaluate(
         pass_at_1_se=error,
         cons_at_k=consensus(samples)[0],
         pass_at=[
-            (k, *mean_and_error([pass_at_k(samples, sum(r), k) for r in right]))
+            [k, *mean_and_error([pass_at_k(samples, sum(r), k) for r in right])]
             for k in (2**i for i in range(samples.bit_length()))
         ],
-        cons_at=[(k, *consensus(k)) for k in CONSENSUS if k <= samples],
+        cons_at=[[k, *consensus(k)] for k in CONSENSUS if k <= samples],
         mean_length=sum(lengths) / len(lengths),
         truncated=torch.cat([rollout.truncated for rollout in sampled]).float().mean().item(),
         well_formed=sum(r or 0.0 for r in format_reward(texts)) / len(texts),
@@ -174,7 +174,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def accuracy_by_length(lengths: Sequence[int], right: Sequence[bool]) -> list[tuple[float, int, float]]:
+def accuracy_by_length(lengths: Sequence[int], right: Sequence[bool]) -> list[list[float]]:
     """Samples of like length together, those of one length never apart: mean length, how many, share right."""
     least = len(lengths) / _LENGTHS
     groups: list[list[tuple[int, bool]]] = [[]]
@@ -182,7 +182,7 @@ def accuracy_by_length(lengths: Sequence[int], right: Sequence[bool]) -> list[tu
         if len(groups[-1]) >= least and groups[-1][-1][0] != length:
             groups.append([])
         groups[-1].append((length, ok))
-    return [(sum(n for n, _ in g) / len(g), len(g), sum(ok for _, ok in g) / len(g)) for g in groups]
+    return [[sum(n for n, _ in g) / len(g), len(g), sum(ok for _, ok in g) / len(g)] for g in groups]
 
 
 def majority(answers: Sequence[str | None]) -> str | None:
