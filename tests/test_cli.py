@@ -38,7 +38,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["train", "--task", "chess"], "task: got 'chess', want one of"),
         (
             ["train", "--model", "nosuchmodel"],
-            "model: got 'nosuchmodel', want tiny, tiny-student, smollm2-135m, a folder",
+            "model: got 'nosuchmodel', want tiny, tiny-student, small, small-student, smollm2-135m, a",
         ),
         (["train", "--model", "smollm2-135m"], "model: smollm2-135m is not fetched yet; run: grpo-fast fetch"),
         (["train", "--loss-type", "ppo"], "loss_type: got 'ppo'"),
