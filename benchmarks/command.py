@@ -17,6 +17,7 @@ from . import (
     bench_linear,
     bench_logits,
     bench_reference,
+    bench_sparse,
     bench_trl_step,
 )
 from .bench_advantages import benchmark as advantages
@@ -42,7 +43,8 @@ def benchmarks(device: str) -> dict[str, Benchmark]:
     """All that a machine with such a device runs, by name."""
     own = [bench_reference.BENCHMARK]
     if device == "cuda":
-        own = [bench_logits.BENCHMARK, bench_linear.BENCHMARK, bench_distillation.BENCHMARK, bench_trl_step.BENCHMARK]
+        of_ops = (bench_logits, bench_linear, bench_sparse, bench_distillation, bench_trl_step)
+        own = [module.BENCHMARK for module in of_ops]
     return {b.name: b for b in (*own, advantages(device))}
 
 
