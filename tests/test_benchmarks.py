@@ -18,6 +18,7 @@ from grpo_fast.benchmarks import (
     bench_distillation,
     bench_linear,
     bench_logits,
+    bench_sparse,
     bench_trl_step,
     command,
     harness,
@@ -276,6 +277,16 @@ def test_the_longest_completion_is_found_by_what_runs_out_of_memory(monkeypatch:
     record = bench_trl_step._longest(Batch(), Provider("somebody", run))
     assert record["tokens"] == 7 * bench_trl_step.GRAIN
     assert len(tried) <= 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_the_benchmark_of_sparse_gradients_measures_the_reference_path() -> None:
+    """On the CPU the dense gradient only: a tolerance takes the kernels, and says so."""
+    case = bench_sparse.Case(rows=64, hidden=64, vocabulary=700)
+    dense, *sparse = bench_sparse.measure(Timer(runs=2, warmup=1, device="cpu"), case, lambda p: p.ours)
+    assert dense["errors"]
+    assert "wrong" not in dense
+    assert all("sparse_grad_tol" in record["skipped"] for record in sparse)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -1,0 +1,171 @@
+"""What ``sparse_grad_tol`` leaves out, in float64: ``python -m grpo_fast.benchmarks.sparse_errors [--model NAME]``.
+
+Prints Markdown: for made-up rows over a range of entropies, or for a model's own samples, how many entries a row
+keeps, how many rows stay dense, and the relative errors (Frobenius) of the gradients of logits, hidden states and
+head. "with mean" gives the dropped probability of a row to the head's mean row. The last line is what bfloat16 costs
+by itself: the gradient of the logits and the results, rounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+from torch import Tensor
+
+from grpo_fast.ops._sparse import CAPACITY
+
+from .report import markdown_table
+
+TOLERANCES = (1e-2, 3e-3, 2e-3, 1e-3, 1e-4, 1e-5)
+COLUMNS = ["tolerance", "entries: median", "90 %", "99 %", "dense rows", "dropped mass", "d logits", "d hidden"] + [
+    "with mean",
+    "d weight",
+]
+CHUNK = 256
+
+
+BINS = 16  # powers of two that are told apart
+
+
+def kept_entries(gradient: Tensor, at_target: Tensor, usual: Tensor, tolerance: float) -> Tensor:
+    """What csrc/sparse_rows.cu keeps of ``gradient`` (n, V), with the sampled tokens' elements (n, 1); bool (n, V).
+
+    Everything from 2^-k times the row's reference on, for the smallest k with which no more than ``tolerance`` of it
+    is dropped in the Euclidean norm; the reference is the sampled token's element or, if that is larger, ``usual``.
+    """
+    relative = (gradient / torch.maximum(at_target.abs(), usual)).abs()
+    level = torch.full_like(at_target, torch.inf)
+    for k in reversed(range(BINS)):
+        dropped = torch.where(relative < 2.0**-k, relative, 0.0).square().sum(1, keepdim=True)
+        level = torch.where(dropped <= tolerance**2, k, level)
+    kept = relative >= torch.exp2(-level)
+    return kept | (kept.sum(1, keepdim=True) > CAPACITY)
+
+
+def synthetic_rows(
+    low: float, high: float, rows: int = 256, vocabulary: int = 16384, hidden: int = 128
+) -> tuple[Tensor, ...]:
+    """(hidden, head, sampled ids): each row is between 8 tokens, at ``low`` to ``high`` nats above a spread of 1.
+
+    The head's rows share a mean of a third of their length, as those of trained models do.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight = normal(vocabulary, hidden) / math.sqrt(hidden)
+    weight = weight + normal(hidden) / math.sqrt(hidden) / 3
+    near = torch.randint(0, vocabulary, (rows, 8), generator=generator)
+    heights = (low + (high - low) * torch.rand(rows, 1, generator=generator, dtype=torch.float64)) - 2 * normal(
+        rows, 8
+    ).abs()
+    states = normal(rows, hidden) + torch.einsum("nk,nkh->nh", heights, weight[near])
+    p = torch.softmax(states @ weight.T, -1)
+    return states, weight, torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+def sampled_rows(name: str, answers: int = 12, tokens: int = 128) -> tuple[Tensor, ...]:
+    """(hidden, head, sampled ids) of answers that the model samples at temperature 1 to questions in arithmetic."""
+    from grpo_fast.train.model import load_policy
+
+    torch.manual_seed(0)
+    policy = load_policy(name, device="cpu")
+    model, tokenizer = policy.model.eval(), policy.tokenizer
+    question = "Tom has {} apples and buys {} bags of {}. How many apples has he now? Think step by step."
+    kept: list[tuple[Tensor, Tensor]] = []
+    for i in range(answers):
+        message = [{"role": "user", "content": question.format(3 + i, 2 + i % 4, 5 + i % 3)}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            ids = model.generate(prompt, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens)
+            states = model.base_model(ids).last_hidden_state[0]
+        kept.append((states[prompt.size(1) - 1 : -1].double(), ids[0, prompt.size(1) :]))
+    states, ids = (torch.cat(column) for column in zip(*kept, strict=True))
+    return states, model.get_output_embeddings().weight.detach().double(), ids
+
+
+def table(states: Tensor, weight: Tensor, ids: Tensor) -> str:
+    """The errors of every tolerance, in Markdown. Upstream gradients are normal numbers."""
+    upstream = torch.randn(len(ids), 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mean = weight.mean(0)
+    at_ids = torch.cat(
+        [
+            torch.expm1(torch.log_softmax(x @ weight.T, -1).gather(1, y[:, None]))
+            for x, y in zip(states.split(CHUNK), ids.split(CHUNK), strict=True)
+        ]
+    )
+    usual = (upstream * at_ids).square().mean().sqrt()
+    measured: dict[float | str, list[Tensor]] = {}
+    errors: dict[float | str, Tensor] = {}
+    d_weight: dict[float | str, Tensor] = {}
+    sizes, entropies = torch.zeros(2, dtype=torch.float64), []
+    whole = torch.zeros_like(weight)
+    for x, y, c in zip(states.split(CHUNK), ids.split(CHUNK), upstream.split(CHUNK), strict=True):
+        log_p = torch.log_softmax(x @ weight.T, -1)
+        entropies.append(-(log_p.exp() * log_p).sum(1))
+        g = -log_p.exp()
+        g.scatter_(1, y[:, None], -torch.expm1(log_p.gather(1, y[:, None])))
+        exact = c * (g @ weight)
+        sizes += torch.stack([(c * g).square().sum(), exact.square().sum()])
+        whole += (c * g).T @ x
+        for t in (*TOLERANCES, "bfloat16"):
+            if isinstance(t, float):
+                at_target = c * g.gather(1, y[:, None])
+                kept = kept_entries(c * g, at_target, usual, t)
+                missing = torch.where(kept, 0.0, g)
+                found, count = g - missing, kept.sum(1)
+                mass = missing.sum(1, keepdim=True)
+                corrected = c * (found @ weight + mass * mean)
+                measured.setdefault(t, []).append(torch.stack([count.double(), -mass[:, 0]]))
+            else:
+                found = (c * g).bfloat16().double() / c
+            d_hidden = c * (found @ weight)
+            if t == "bfloat16":
+                d_hidden = corrected = d_hidden.bfloat16().double()
+            off = [
+                (c * (found - g)).square().sum(),
+                (d_hidden - exact).square().sum(),
+                (corrected - exact).square().sum(),
+            ]
+            errors[t] = errors.get(t, 0.0) + torch.stack(off)
+            d_weight[t] = d_weight.get(t, torch.zeros_like(weight)) + (c * found).T @ x
+    lines = []
+    for t in (*TOLERANCES, "bfloat16"):
+        got = d_weight[t].bfloat16().double() if t == "bfloat16" else d_weight[t]
+        off = (errors[t] / sizes[[0, 1, 1]]).sqrt().tolist() + [((got - whole).norm() / whole.norm()).item()]
+        cells = ["bfloat16", "", "", "", "", ""]
+        if isinstance(t, float):
+            count, mass = torch.cat(measured[t], 1)
+            dense = count > CAPACITY
+            quantiles = count.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
+            cells = [
+                f"{t:.0e}",
+                *(f"{q:,.0f}" for q in quantiles),
+                f"{dense.double().mean():.1%}",
+                f"{mass.mean():.1e}",
+            ]
+        lines.append([*cells, *(f"{x:.1e}" for x in off)])
+    h = torch.cat(entropies)
+    what = f"{len(ids):,} rows, V {len(weight):,}, H {weight.size(1):,}; entropy {h.mean():.2f} nats"
+    what += f", median {h.median():.2f}"
+    return f"{what}\n\n{markdown_table(COLUMNS, lines)}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model's own samples, in place of made-up rows: smollm2-135m, a path")
+    parser.add_argument("--answers", type=int, default=12, help="with --model (default: 12)")
+    options = parser.parse_args()
+    if options.model is not None:
+        print(table(*sampled_rows(options.model, options.answers)))
+        return
+    for low, high in ((24, 36), (16, 28), (8, 20), (2, 8)):
+        print(f"{low} to {high} nats: {table(*synthetic_rows(low, high))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
