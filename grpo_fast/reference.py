@@ -29,6 +29,8 @@ from grpo_fast.config import CLIPPED_LOSSES, GRPOLossConfig
 
 #: Elements of a chunk's logits when they are computed from hidden states: 2**24 float32 values are 64 MiB.
 CHUNK_ELEMENTS = 2**24
+#: Powers of two by which elements of a gradient that is to be sparse are told apart.
+SPARSE_POWERS = 16
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -506,3 +508,34 @@ def linear_divergence_ref(
         chunk_rows or max(1, CHUNK_ELEMENTS // (2 * student_weight.size(0))),
     )
     return divergence.view(student_hidden.shape[:-1])
+
+
+# Sparse gradients ------------------------------------------------------------------------------------------------
+
+
+def sparse_rows_ref(
+    gradient: Tensor, at_target: Tensor, usual: float | Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """What ``sparse_grad_tol`` keeps of rows of the logits' gradient.
+
+    Elements are told apart by the power of two that they fall short of a reference by: the sampled token's element,
+    or ``usual`` if that is larger. Kept are the fewest powers with which what is dropped, each element taken for as
+    large as its power allows, has no more than ``tolerance`` of the reference in the L2 norm.
+
+    Args:
+        gradient: (n, V) float.
+        at_target: (n,) the sampled tokens' elements of it.
+        usual: A scalar, how large those are in the root mean square over all rows.
+
+    Returns:
+        Which elements are kept (n, V) bool, and for which rows (n,) bool the powers that are told apart are enough.
+    """
+    relative = gradient.abs() / at_target.abs().clamp(min=float(usual))[:, None]
+    powers = (-torch.frexp(relative).exponent).clamp(min=0).where(relative > 0, SPARSE_POWERS)
+    dropped = relative.square().where(powers >= SPARSE_POWERS, 0.0).sum(1)
+    fits = dropped <= tolerance**2
+    first = torch.full_like(dropped, SPARSE_POWERS, dtype=torch.int32)
+    for power in range(SPARSE_POWERS - 1, 0, -1):
+        dropped = dropped + (powers == power).sum(1) * 4.0**-power
+        first = first.where(dropped > tolerance**2, power)
+    return powers < first[:, None], fits

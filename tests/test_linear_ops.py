@@ -450,7 +450,7 @@ def test_repeatable_and_without_a_graph_break(impl: str, level: str) -> None:
 @pytest.mark.parametrize(
     ("module", "op"),
     [("linear_grpo_loss", "linear_token_loss"), ("linear_grpo_loss", "sum_rows")]
-    + [("linear_selective_log_softmax", op) for op in ("_linear_logps", "_linear_logps_backward")],
+    + [("_linear_logps", op) for op in ("_linear_logps", "_linear_logps_backward")],
 )
 def test_the_registered_ops(impl: str, module: str, op: str) -> None:
     """Schema and fake implementation, by torch's own checker."""
@@ -590,7 +590,7 @@ def test_in_a_cuda_graph() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_keep_float32(dtype: torch.dtype) -> None:
     """float32 from the product on, and added up in it: what a rounding in between would show."""
-    from grpo_fast.ops._chunks import add_product, product
+    from grpo_fast.ops._products import add_product, product
 
     a, b = rand(256, 4_096, seed=1).to(dtype), rand(4_096, 320, seed=2).to(dtype)
     truth = a.double() @ b.double()

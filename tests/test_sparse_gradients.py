@@ -15,6 +15,7 @@ from conftest import DEVICE, KERNELS, rand
 
 from grpo_fast import GRPOLossConfig, linear_cross_entropy, linear_grpo_loss, linear_selective_log_softmax
 from grpo_fast.ops import _sparse
+from grpo_fast.reference import sparse_rows_ref
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and "cuda" in KERNELS
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA H100 or H200")
@@ -45,18 +46,27 @@ def left_by(hidden: Tensor, weight: Tensor, index: Tensor, d_logps: Tensor) -> t
     return left, truth.scatter_add(1, index[:, None], d_logps[:, None].double())
 
 
-def chosen_by_bins(gradient: Tensor, reference: Tensor, tolerance: float) -> Tensor:
-    """How many elements of each row are kept: those within the fewest powers of two of the reference."""
-    x = gradient.abs() / reference[:, None]
-    bins = (-1 - torch.frexp(x).exponent + 1).clamp(min=0).where(x > 0, 16)
-    dropped = (x * x).where(bins >= 16, 0.0).sum(1)
-    first = torch.full_like(reference, 16, dtype=torch.int64)
-    going = torch.ones_like(first, dtype=torch.bool)
-    for b in range(15, 0, -1):
-        dropped = dropped + (bins == b).sum(1) * 4.0**-b
-        going &= dropped <= tolerance**2
-        first = first.where(~going, b)
-    return (bins < first[:, None]).sum(1)
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 3e-3])
+def test_the_rule(tolerance: float) -> None:
+    """What is dropped is within the tolerance; with one power of two more it would not be, by the rule's bound."""
+    hidden, weight, index = peaked(200)
+    p = (hidden.double() @ weight.double().t()).softmax(-1)
+    gradient = (torch.nn.functional.one_hot(index, V) - p) * rand(200, 1, seed=5).double()
+    at_target = gradient.gather(1, index[:, None]).squeeze(1)
+    usual = float(at_target.square().mean().sqrt())
+    kept, fits = sparse_rows_ref(gradient, at_target, usual, tolerance)
+    reference = at_target.abs().clamp(min=usual)
+    dropped = gradient.where(~kept, 0.0)
+    assert fits.float().mean() > 0.5
+    assert (dropped.norm(dim=1) <= tolerance * reference)[fits].all()
+    assert dropped[fits].norm() <= math.sqrt(2) * tolerance * gradient.norm()
+    smallest = gradient.abs().where(kept, math.inf).amin(1)
+    assert (smallest > dropped.abs().amax(1)).all()
+    # The last power that is kept: its elements are at most twice the smallest.
+    last = kept & (gradient.abs() < 2 * smallest[:, None])
+    more = dropped.square().sum(1) + last.sum(1) * (2 * smallest) ** 2
+    above = smallest < reference / 2  # the first power is always kept
+    assert (4 * more > (tolerance * reference) ** 2)[fits & above].all()
 
 
 @on_hopper
@@ -75,12 +85,13 @@ def test_what_is_dropped(tolerance: float) -> None:
     sparse[rows[kept], ids[kept].long()] = values[kept].double()
     fits = counts <= V
     assert fits.float().mean() > 0.5
-    reference = truth.gather(1, index[:, None]).squeeze(1).abs()
-    reference = reference.clamp(min=float(reference.square().mean().sqrt()))
+    at_target = truth.gather(1, index[:, None]).squeeze(1)
+    usual = float(at_target.square().mean().sqrt())
+    reference = at_target.abs().clamp(min=usual)
     error = (sparse - truth).norm(dim=1)
     assert (error <= tolerance * reference + 2.0**-9 * truth.norm(dim=1))[fits].all()
     assert (sparse - truth)[fits].norm() <= (1.5 * tolerance + 2.0**-9) * truth.norm()
-    fewest, most = (chosen_by_bins(truth, reference, tolerance * x) for x in (1.05, 0.95))
+    fewest, most = (sparse_rows_ref(truth, at_target, usual, tolerance * x)[0].sum(1) for x in (1.05, 0.95))
     assert (counts >= 0.95 * fewest - 3)[fits].all()
     assert (counts <= 1.05 * most + 3)[fits].all()
     # What the elements are does not depend on the order of threads.

@@ -37,8 +37,8 @@ from grpo_fast import (
     linear_selective_log_softmax,
     selective_log_softmax,
 )
+from grpo_fast.ops._linear_logps import _linear_logps, _linear_logps_backward
 from grpo_fast.ops._vocabulary_parallel import shard_index
-from grpo_fast.ops.linear_selective_log_softmax import _linear_logps, _linear_logps_backward
 from grpo_fast.ops.selective_log_softmax import _selective_log_softmax
 
 B, T, V, H = 4, 5, 37, 8

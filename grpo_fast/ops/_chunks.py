@@ -1,4 +1,4 @@
-"""From hidden states to logits and back, a chunk of rows at a time: which rows, how many, and the matrix products.
+"""From hidden states to logits and back, a chunk of rows at a time: how many rows, and the matrix products.
 
 Whoever computes something from logits does, with rows in the order of ``Rows``::
 
@@ -22,13 +22,14 @@ the products together. Where kernels take hidden states, there are no logits, an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_fast.ops._products import add_product, gradient_dtype, product
+from grpo_fast.ops._rows import HiddenRows
 from grpo_fast.ops._vocabulary_parallel import resolve
 
 #: What the logits of a chunk and the gradients of a section may take, in bytes, where the caller does not say.
@@ -44,133 +45,6 @@ DENSE_SHARE = 0.5
 #: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
 PASSING_ROWS = 9 * TILE_ROWS
 LAUNCH_ROWS = 64 * TILE_ROWS
-
-
-# Products --------------------------------------------------------------------------------------------------------
-
-
-def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, added up in float32 and, where ``out`` is float32, not rounded after."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif out.device.type == "cuda":
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a @ b within the product, in float32."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    elif out.device.type == "cuda":
-        # As a batch of one, because torch 2.8's addmm wants out in the precision of a; cuBLAS runs the same product.
-        batch = out.unsqueeze(0)
-        torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=out.dtype, out=batch)
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
-
-
-def gradient_dtype(x: Tensor) -> torch.dtype:
-    """What a gradient of ``x`` is kept in until it is handed out.
-
-    float16 underflows where bfloat16 does not: its gradients stay in float32 until the backward has brought the scale
-    of the loss.
-    """
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
-# Rows ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which of N rows are projected: ``total`` of them, the first ``live`` with a gradient.
-
-    Attributes:
-        index: (total,) their numbers; None for all N as they lie.
-        mask: (N,) bool, what does not count among them; None where everything does.
-    """
-
-    count: int
-    live: int
-    total: int
-    index: Tensor | None = None
-    mask: Tensor | None = None
-
-    @staticmethod
-    def choose(count: int, mask: Tensor | None, live: Tensor | None, *, gradient: bool, wait: bool) -> Rows:
-        """Those that ``mask`` (count,) keeps, and of these, if there is a gradient, the ``live`` (count,) ones first.
-
-        The host has to ``wait`` for the GPU once to know how many there are. If it may not, all rows are taken.
-        """
-        if not gradient:
-            live = None
-        if not wait or (mask is None and live is None):
-            return Rows(count, count if gradient else 0, count, mask=mask)
-        if live is None:
-            assert mask is not None
-            index = mask.nonzero().squeeze(-1)
-            total = index.numel()
-            first = total if gradient else 0
-        else:
-            kept = torch.ones_like(live) if mask is None else mask
-            live = live & kept
-            index = (2 - kept.to(torch.uint8) - live.to(torch.uint8)).argsort(stable=True)
-            first, total = torch.stack([live.sum(), kept.sum()]).tolist()
-        if total == count and first in (0, count):
-            return Rows(count, first, total)
-        return Rows(count, first, total, index=index[:total])
-
-    def take(self, x: Tensor) -> Tensor:
-        """These rows of ``x`` (N, ...)."""
-        return x if self.index is None else x.index_select(0, self.index)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """``x`` (k, total) as (k, N), with 0 for the rows that are not among these."""
-        if self.index is None:
-            return x
-        return x.new_zeros(x.size(0), self.count).index_copy(1, self.index, x)
-
-
-def may_wait(allow_sync: bool, x: Tensor) -> bool:
-    """Whether the host may wait for the GPU: not while a CUDA graph is being captured."""
-    return allow_sync and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-
-
-class HiddenRows:
-    """Rows of hidden states, in an order and in the precision of a product.
-
-    Rows that do not count are 0, whatever they hold.
-
-    Args:
-        hidden: (B, T, H), any strides; the rows are its N = B T positions.
-        rows: Which rows, in which order.
-        dtype: That of the product.
-    """
-
-    def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype) -> None:
-        self.hidden, self.rows, self.dtype = hidden, rows, dtype
-        # Where sequences follow each other without a gap, rows are a view.
-        follow = hidden.size(0) == 1 or hidden.stride(0) == hidden.size(1) * hidden.stride(1)
-        self._flat = hidden.flatten(0, 1) if follow else None
-
-    def __getitem__(self, part: slice) -> Tensor:
-        """(n, H)"""
-        numbers = None if self.rows.index is None else self.rows.index[part]
-        if self._flat is not None:
-            x = self._flat[part] if numbers is None else self._flat.index_select(0, numbers)
-        else:
-            if numbers is None:
-                numbers = torch.arange(part.start, part.stop, device=self.hidden.device)
-            T = self.hidden.size(1)
-            x = self.hidden[numbers // T, numbers % T]
-        if self.rows.mask is not None:
-            x = torch.where(self.rows.mask[part, None], x, 0.0)
-        return x.to(self.dtype)
-
-
-# The head --------------------------------------------------------------------------------------------------------
 
 
 class Needs(NamedTuple):

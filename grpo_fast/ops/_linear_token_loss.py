@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops._checks import Shapes
-from grpo_fast.ops._chunks import ChunkedHead, HiddenRows, Needs, Rows, gradient_dtype, may_wait
+from grpo_fast.ops._chunks import ChunkedHead, Needs
 from grpo_fast.ops._known_gradient import KnownGradientFunction
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._library import mutating_op, overwritten
+from grpo_fast.ops._products import gradient_dtype
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
+from grpo_fast.ops._rows import HiddenRows, Rows, may_wait
 from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._token_loss import METRICS
 

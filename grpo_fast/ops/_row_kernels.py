@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._chunks import HiddenRows
+from grpo_fast.ops._rows import HiddenRows
 
 
 class LinearKernels(NamedTuple):

@@ -11,11 +11,12 @@ from grpo_fast import backend
 from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import FLOATS, IDS, Shapes, check_choice, check_logits_options, check_positive
 from grpo_fast.ops._chunks import check_workspace, wanted
+from grpo_fast.ops._linear_logps import as_rows, linear_logps
 from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss
 from grpo_fast.ops._sparse import check_sparse_grad_tol
 from grpo_fast.ops._token_loss import term_options
 from grpo_fast.ops._vocabulary_parallel import local_shards
-from grpo_fast.ops.linear_selective_log_softmax import as_rows, check_head, linear_logps, most_precise
+from grpo_fast.ops.linear_selective_log_softmax import check_head, most_precise
 
 #: With advantage 1 and a ratio of 1, the term is -logp.
 _CROSS_ENTROPY = GRPOLossConfig(loss_type="cispo", epsilon_high=1.0)

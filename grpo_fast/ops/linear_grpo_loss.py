@@ -12,12 +12,13 @@ from grpo_fast import backend
 from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_choice, check_logits_options
 from grpo_fast.ops._chunks import check_workspace, wanted
+from grpo_fast.ops._linear_logps import as_rows, linear_logps
 from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss, sum_rows
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
 from grpo_fast.ops._sparse import check_sparse_grad_tol
 from grpo_fast.ops._token_loss import name_results, term_options, threshold_tensor
 from grpo_fast.ops._vocabulary_parallel import local_shards
-from grpo_fast.ops.linear_selective_log_softmax import as_rows, check_head, linear_logps, most_precise
+from grpo_fast.ops.linear_selective_log_softmax import check_head, most_precise
 from grpo_fast.reference import accumulation_dtype, token_weights
 
 Metrics = Literal["all", "active"]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
-from grpo_fast.ops._chunks import may_wait
 from grpo_fast.ops._library import gradient_buffer
 from grpo_fast.ops._row_kernels import row_kernels
+from grpo_fast.ops._rows import may_wait
 from grpo_fast.ops._vocabulary_parallel import (
     local_shards,
     merge_rows,

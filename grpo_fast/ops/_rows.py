@@ -1,0 +1,95 @@
+"""Which rows of a batch are projected, in which order, and their hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which of N rows are projected: ``total`` of them, the first ``live`` with a gradient.
+
+    Attributes:
+        index: (total,) their numbers; None for all N as they lie.
+        mask: (N,) bool, what does not count among them; None where everything does.
+    """
+
+    count: int
+    live: int
+    total: int
+    index: Tensor | None = None
+    mask: Tensor | None = None
+
+    @staticmethod
+    def choose(count: int, mask: Tensor | None, live: Tensor | None, *, gradient: bool, wait: bool) -> Rows:
+        """Those that ``mask`` (count,) keeps, and of these, if there is a gradient, the ``live`` (count,) ones first.
+
+        The host has to ``wait`` for the GPU once to know how many there are. If it may not, all rows are taken.
+        """
+        if not gradient:
+            live = None
+        if not wait or (mask is None and live is None):
+            return Rows(count, count if gradient else 0, count, mask=mask)
+        if live is None:
+            assert mask is not None
+            index = mask.nonzero().squeeze(-1)
+            total = index.numel()
+            first = total if gradient else 0
+        else:
+            kept = torch.ones_like(live) if mask is None else mask
+            live = live & kept
+            index = (2 - kept.to(torch.uint8) - live.to(torch.uint8)).argsort(stable=True)
+            first, total = torch.stack([live.sum(), kept.sum()]).tolist()
+        if total == count and first in (0, count):
+            return Rows(count, first, total)
+        return Rows(count, first, total, index=index[:total])
+
+    def take(self, x: Tensor) -> Tensor:
+        """These rows of ``x`` (N, ...)."""
+        return x if self.index is None else x.index_select(0, self.index)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``x`` (k, total) as (k, N), with 0 for the rows that are not among these."""
+        if self.index is None:
+            return x
+        return x.new_zeros(x.size(0), self.count).index_copy(1, self.index, x)
+
+
+def may_wait(allow_sync: bool, x: Tensor) -> bool:
+    """Whether the host may wait for the GPU: not while a CUDA graph is being captured."""
+    return allow_sync and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+class HiddenRows:
+    """Rows of hidden states, in an order and in the precision of a product.
+
+    Rows that do not count are 0, whatever they hold.
+
+    Args:
+        hidden: (B, T, H), any strides; the rows are its N = B T positions.
+        rows: Which rows, in which order.
+        dtype: That of the product.
+    """
+
+    def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype) -> None:
+        self.hidden, self.rows, self.dtype = hidden, rows, dtype
+        # Where sequences follow each other without a gap, rows are a view.
+        follow = hidden.size(0) == 1 or hidden.stride(0) == hidden.size(1) * hidden.stride(1)
+        self._flat = hidden.flatten(0, 1) if follow else None
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """(n, H)"""
+        numbers = None if self.rows.index is None else self.rows.index[part]
+        if self._flat is not None:
+            x = self._flat[part] if numbers is None else self._flat.index_select(0, numbers)
+        else:
+            if numbers is None:
+                numbers = torch.arange(part.start, part.stop, device=self.hidden.device)
+            T = self.hidden.size(1)
+            x = self.hidden[numbers // T, numbers % T]
+        if self.rows.mask is not None:
+            x = torch.where(self.rows.mask[part, None], x, 0.0)
+        return x.to(self.dtype)
