@@ -342,7 +342,7 @@ def registered_case(world: World, precision: Precision) -> None:
     flat = (index.view(N), kept.view(N))
     hidden, weight = world.hidden.float(), world.weight[world.shard].float()
     options = (0.7, 1.3, 4.0)
-    chunks = (WORKSPACE, True, precision[0], group)
+    chunks = (WORKSPACE, True, precision[0], group, None)
     opcheck(_linear_logps, (hidden, weight, None, *flat, *options, 0.0, True, *chunks))
     found = _linear_logps(hidden, weight, None, *flat, *options, 0.0, True, *chunks)
     upstream = world.rand(2, N, seed=15).float().unbind()
