@@ -15,7 +15,7 @@ namespace grpo_fast {
 constexpr float kHeadroom = 40.0f;
 constexpr float kFar = 100.0f;
 // The base of a row whose sampled token is excluded, or is none.
-constexpr float kLowestBase = -1e5f;
+constexpr float kLowestBase = -1e30f;
 
 // Two neighbours, the first in the low half. (A shift to the left instead, one instruction less, is not safe: where x
 // is a product, ptxas 13.0 multiplies its factors' bits.)

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               if (first + i / 2 * 8 + i % 2 >= head.V) u[i] = kNowhere;
             }
           }
-          const int64_t place = ids[h] - first;
+          const int64_t place = ids[h] >= first ? ids[h] - first : -1;
           if (place >= 0 && place < 128 && place % 8 < 2) {
             const int which = static_cast<int>(place / 8 * 2 + place % 8);
 #pragma unroll

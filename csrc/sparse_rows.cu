@@ -16,7 +16,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTurns = kSparseWords / (8 * kThreads);  // vectors of a thread, at most
 constexpr int kAtOnce = 4;
-constexpr int kBins = 16;
+constexpr int kBins = 16;  // SPARSE_POWERS in reference.py
 static_assert(kTurns <= 64, "a thread remembers its vectors in 64 bits");
 
 // The power of two that what is so many times as large as the reference falls short of it by, rounded down.
@@ -99,8 +99,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     const float most = tolerance * tolerance;
     const bool fits = dropped <= most;
     int first = kBins;
-    while (first > 1 && dropped + ldexpf(bins[first - 1], -2 * (first - 1)) <= most) {
-      dropped += ldexpf(bins[--first], -2 * first);
+    for (; first > 1; --first) {
+      const float more = ldexpf(bins[first - 1], -2 * (first - 1));
+      if (dropped + more > most) break;
+      dropped += more;
     }
     int kept = 0;
     for (int bin = 0; bin < first; ++bin) kept += bins[bin];

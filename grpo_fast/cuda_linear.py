@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast import _C, cuda
+from grpo_fast import _C
 from grpo_fast.cuda import address, check, logit_options, make_loss, stream, values
 
 
 def takes(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether these can be given: both in the same half precision, in rows at multiples of 16 bytes, on Hopper."""
+    """Whether these can be given, one row of ``hidden`` at least standing for all.
+
+    That is both in the same half precision, in rows at multiples of 16 bytes that do not overlap, on Hopper.
+    """
     capability = torch.cuda.get_device_capability(hidden.device)
     half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
     aligned = all(x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
+    aligned = aligned and all(x.stride(0) >= x.size(1) for x in (hidden, weight))
     return capability == (9, 0) and "90a" in _C.architectures.split() and half and aligned
 
 
@@ -39,7 +43,7 @@ def linear_logps_fwd(
     Raises:
         RuntimeError: A kernel was not launched.
     """
-    bias = None if bias is None else bias.float()
+    bias = _as_vector(bias)
     logps, shifts, totals = hidden.new_empty(3, hidden.size(0), dtype=torch.float32).unbind()
     entropies = torch.empty_like(logps) if return_entropy else logps.new_empty(0)
     *_, partials = _buffers(hidden)
@@ -142,7 +146,7 @@ def linear_logps_bwd(
     Raises:
         RuntimeError: A kernel was not launched.
     """
-    bias = None if bias is None else bias.float()
+    bias = _as_vector(bias)
     head = _head(hidden, weight, bias, index, temperature, logit_scale, softcap)
     bases, slopes, partials = _buffers(hidden)
     native = _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=bases.data_ptr())
@@ -190,7 +194,7 @@ def linear_loss_rows(
     Raises:
         RuntimeError: A kernel was not launched.
     """
-    bias = None if bias is None else bias.float()
+    bias = _as_vector(bias)
     bases, slopes, partials = _buffers(hidden)
     loss, _memory = make_loss(
         rows, None, 1, hidden.size(0), completion_ids, *inputs, entropy_coef=entropy_coef, **options
@@ -215,13 +219,13 @@ def linear_loss_rows(
     return Exponentials(out, hidden, head, native, slopes, entropy_coef != 0.0, held)
 
 
-def sum_of_rows(out: Tensor, starts: Tensor, columns: Tensor, values: Tensor, matrix: Tensor) -> None:
-    """Row r of ``out`` (R, H) from the sum of ``values[e] * matrix[columns[e]]``, starts[r] <= e < starts[r + 1].
+def sum_of_rows(out: Tensor, starts: Tensor, columns: Tensor, weights: Tensor, matrix: Tensor) -> None:
+    """Row r of ``out`` (R, H) from the sum of ``weights[e] * matrix[columns[e]]``, starts[r] <= e < starts[r + 1].
 
     Args:
         out: bfloat16 to be written, or float32 to be added to; contiguous.
         starts: (R + 1,) int64.
-        columns, values: (entries,) int32 and float32.
+        columns, weights: (entries,) int32 and float32.
         matrix: (any, H) bfloat16, rows at multiples of 16 bytes.
 
     Raises:
@@ -232,14 +236,19 @@ def sum_of_rows(out: Tensor, starts: Tensor, columns: Tensor, values: Tensor, ma
         stream=stream(out),
         starts=starts.data_ptr(),
         columns=columns.data_ptr(),
-        weights=values.data_ptr(),
-        matrix=cuda.values(matrix),
+        weights=weights.data_ptr(),
+        matrix=values(matrix),
         stride=matrix.stride(0),
         rows=out.size(0),
         width=out.size(1),
-        out=cuda.values(out),
+        out=values(out),
     )
     check(error, "the sum of rows", out)
+
+
+def _as_vector(bias: Tensor | None) -> Tensor | None:
+    """As kernels read it: float32, one word after the other."""
+    return None if bias is None else bias.float().contiguous()
 
 
 def _multiprocessors(x: Tensor) -> int:

@@ -525,7 +525,7 @@ def sparse_rows_ref(
     Args:
         gradient: (n, V) float.
         at_target: (n,) the sampled tokens' elements of it.
-        usual: A scalar, how large those are in the root mean square over all rows.
+        usual: A scalar, how large those are in the root mean square over the rows that are taken together.
 
     Returns:
         Which elements are kept (n, V) bool, and for which rows (n,) bool the powers that are told apart are enough.

@@ -128,6 +128,24 @@ def test_strided_states_and_rows_of_another_stride() -> None:
     check(wide[:, 1:, :64], columns[:, :64], index.view(4, 15)[:, 1:])
 
 
+def test_a_bias_with_gaps_and_states_off_16_bytes(launches: list[int]) -> None:
+    hidden, weight, index = inputs(60, 1_000, 64)
+    bias = rand(2_000, seed=4)[::2]
+    check(hidden, weight, index, bias=bias)
+    assert launches == [60]
+    off = rand(60, 72, seed=5).bfloat16()
+    off[:, 4:68] = hidden
+    check(off[:, 4:68], weight, index)  # by the kernels that keep logits
+    assert launches == [60]
+
+
+def test_logits_far_below_0(launches: list[int]) -> None:
+    """Farther than an exponential relative to 0 has bits for."""
+    hidden, weight, index = inputs(64, 500, 64)
+    check_loss(hidden, weight, index, bias=torch.full((500,), -1e5, device="cuda"))
+    assert launches == [64]
+
+
 def test_the_same_every_time_and_in_a_graph() -> None:
     hidden, weight, index = inputs(700, 9_001, 128)
 

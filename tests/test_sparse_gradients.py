@@ -132,11 +132,13 @@ def run(op: Any, leaves: list[Tensor], **inputs: Any) -> tuple[Any, list[Tensor]
 def test_losses(
     flat: float, masked: bool, workspace: int | None, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_sparse, "CAPACITY", 16)
-    monkeypatch.setattr(_sparse, "WIDE_CAPACITY", 128)
+    # Of 512 rows some need the wide room, and a few have none there either.
+    monkeypatch.setattr(_sparse, "CAPACITY", 256)
+    monkeypatch.setattr(_sparse, "WIDE_CAPACITY", 512)
+    monkeypatch.setattr(_sparse, "ROWS_A_WIDE_ONE", 8)
     count = 512
     hidden, weight, index = peaked(count, sure=14.0)
-    hidden[: int(flat * count)] *= 0.05
+    hidden[count - int(flat * count) :] *= 0.05
     leaves = [hidden[None].requires_grad_(), weight.requires_grad_()]
     if bias:
         leaves.append(rand(V, seed=8, scale=0.1).bfloat16().requires_grad_())
@@ -155,12 +157,13 @@ def test_losses(
     for x, y in zip(gradients, dense_gradients, strict=True):
         assert x.dtype == y.dtype
         assert (x.double() - y.double()).norm() <= 1.2e-2 * y.double().norm()
+    if flat < 1.0:
+        assert not torch.equal(gradients[0], dense_gradients[0])
     if flat == 1.0 and workspace is None:
         assert all(torch.equal(x, y) for x, y in zip(gradients, dense_gradients, strict=True))
     elif flat < 1.0 and not masked and workspace is None:
         again = run(linear_grpo_loss, leaves, impl="cuda", sparse_grad_tol=1e-2, **inputs)[1]
         assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
-        assert not torch.equal(gradients[0], dense_gradients[0])
 
 
 @on_hopper
@@ -174,31 +177,46 @@ def test_the_other_ops_and_what_is_frozen(frozen: str) -> None:
         found, (gradient,) = run(op, leaves, sparse_grad_tol=3e-3, **inputs)
         assert torch.equal(found, value)
         assert (gradient.double() - truth.double()).norm() <= 6e-3 * truth.double().norm()
+        assert not torch.equal(gradient, truth)
 
 
 @on_hopper
 def test_into_a_buffer() -> None:
     hidden, weight, index = peaked(300)
     buffers = [torch.ones(V, H, device="cuda") for _ in range(2)]
-    for buffer, tolerance in zip(buffers, (None, 1e-3), strict=True):
+    for buffer, tolerance in zip(buffers, (None, 3e-3), strict=True):
         x, w = hidden[None].clone().requires_grad_(), weight.clone().requires_grad_()
         inputs = {"advantages": torch.ones(1, device="cuda"), "weight_grad_out": buffer, "impl": "cuda"}
         linear_grpo_loss(x, w, index[None], sparse_grad_tol=tolerance, **inputs).loss.backward()
-    assert (buffers[1] - buffers[0]).norm() <= 3e-3 * (buffers[0] - 1).norm()
+    assert 0.0 < (buffers[1] - buffers[0]).norm() <= 6e-3 * (buffers[0] - 1).norm()
+    strided = torch.ones(H, V, device="cuda").t()
+    with pytest.raises(ValueError, match="with a strided weight_grad_out, want None, or a contiguous one"):
+        linear_grpo_loss(x, w, index[None], sparse_grad_tol=1e-3, **{**inputs, "weight_grad_out": strided})
+
+
+@on_hopper
+def test_not_while_a_graph_is_captured() -> None:
+    hidden, weight, index = peaked(40)
+    hidden.requires_grad_()
+    inputs: dict[str, Any] = {"advantages": torch.ones(1, device="cuda"), "impl": "cuda"}
+    refused = pytest.raises(ValueError, match="while a CUDA graph is captured, want None")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        linear_grpo_loss(hidden[None], weight, index[None], sparse_grad_tol=1e-3, **inputs)
 
 
 @on_hopper
 def test_a_token_of_most_rows() -> None:
     """A word's entries are taken by groups of threads, which are added up in order."""
-    hidden, weight, index = peaked(2_000)
+    hidden, weight, index = peaked(2_000, sure=14.0)
     index.fill_(17)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     truth = run(linear_cross_entropy, leaves, labels=index, impl="cuda")[1][1]
     first, second = (
-        run(linear_cross_entropy, leaves, labels=index, impl="cuda", sparse_grad_tol=1e-3)[1][1] for _ in range(2)
+        run(linear_cross_entropy, leaves, labels=index, impl="cuda", sparse_grad_tol=1e-2)[1][1] for _ in range(2)
     )
     assert torch.equal(first, second)
-    assert (first[17].double() - truth[17].double()).norm() <= 4e-3 * truth[17].double().norm()
+    assert not torch.equal(first, truth)
+    assert (first[17].double() - truth[17].double()).norm() <= 2e-2 * truth[17].double().norm()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ Whoever computes something from logits does, with rows in the order of ``Rows``:
         ...                                     # write the logits' gradient to head.gradient(rows) if live
         head.backpropagate(rows)                # its products with weight and hidden states, once a section is full
 
-Logits come from the product in float32. Their gradient is rounded once, to the precision of the product that it
-enters; what that gives is added up in float32 and rounded once.
+Logits come from the product in float32. Their gradient is rounded to the precision of the product that it enters;
+what that gives is added up in float32 and rounded once.
 
 In half precision a gradient takes half of the memory that its logits take, and the sum over the rows is read and
 written by each product that adds to it. So chunks of logits are short, and the gradients of several, a section, enter
@@ -42,6 +42,8 @@ LOGITS_SHARE = 4
 TILE_ROWS = 128
 #: If a larger share of a section's rows cannot be sparse, all of them are dense.
 DENSE_SHARE = 0.5
+#: What a section takes for the elements of a row that may be sparse, before those of all rows are put together.
+SPARSE_ROW_BYTES = 2**14
 #: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
 PASSING_ROWS = 9 * TILE_ROWS
 LAUNCH_ROWS = 64 * TILE_ROWS
@@ -68,7 +70,7 @@ class ChunkedHead:
         scale: A scalar that the gradients of the logits come multiplied by, so that they do not underflow.
         group: Of ranks that have a shard of the vocabulary each, over which the gradient of ``hidden`` is added up.
         keeps_logits: Whether there are logits in memory.
-        sparse: Whether some gradients come as sparse rows, from ``add_sparse_rows``.
+        sparse: Whether rows of the gradient may be sparse; a ``SparseGradient`` then takes those.
     """
 
     def __init__(
@@ -97,9 +99,10 @@ class ChunkedHead:
         width = -(-V // 8) * 8 if weight.is_cuda else V
         self._chunk_rows = self._section_rows = max(workspace_bytes // (4 * width), 1)
         if not keeps_logits:
-            # Of rows that are to be sparse, those that cannot be are copied.
-            share = 1.0 + DENSE_SHARE if sparse else 1.0
-            self._section_rows = max(int(workspace_bytes / (self.dtype.itemsize * width * share)), 1)
+            a_row = float(self.dtype.itemsize * width)
+            if sparse:  # what cannot be is copied
+                a_row = (1.0 + DENSE_SHARE) * a_row + SPARSE_ROW_BYTES
+            self._section_rows = max(int(workspace_bytes / a_row), 1)
             self._chunk_rows = max(self._section_rows, LAUNCH_ROWS)
         elif rows.live == 0:
             self._chunk_rows = min(self._chunk_rows, PASSING_ROWS)
@@ -145,14 +148,14 @@ class ChunkedHead:
         """Consecutive rows whose logits fit the workspace; and whether they get a gradient."""
         for section, live in self._sections():
             self._section, self._x = section, self._states[section]
-            for chunk in steps(section, self._chunk_rows):
+            for chunk in _steps(section, self._chunk_rows):
                 yield chunk, live
 
     def _sections(self) -> Iterator[tuple[slice, bool]]:
         live = self.rows.live
-        for section in steps(slice(0, live), _even(live, self._section_rows)):
+        for section in _steps(slice(0, live), _even(live, self._section_rows)):
             yield section, True
-        for section in steps(slice(live, self.rows.total), self._chunk_rows):
+        for section in _steps(slice(live, self.rows.total), self._chunk_rows):
             yield section, False
 
     def _within_section(self, rows: slice) -> slice:
@@ -281,7 +284,7 @@ def _even(rows: int, most: int) -> int:
     return max(min(-(-even // TILE_ROWS) * TILE_ROWS, most), 1)
 
 
-def steps(rows: slice, size: int) -> Iterator[slice]:
+def _steps(rows: slice, size: int) -> Iterator[slice]:
     """``rows`` in parts of so many."""
     for start in range(rows.start, rows.stop, size):
         yield slice(start, min(start + size, rows.stop))

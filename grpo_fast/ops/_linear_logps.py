@@ -192,7 +192,13 @@ def _linear_logps_backward(
         rows = Rows.choose(index.numel(), mask, None, gradient=True, wait=may_wait(allow_sync, hidden))
         states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
         linear = linear_kernels(
-            kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient=True
+            kernels,
+            states,
+            weight,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            gradient=True,
+            sharded=group is not None,
         )
         head = ChunkedHead(
             states,
@@ -204,7 +210,7 @@ def _linear_logps_backward(
             keeps_logits=linear is None,
             sparse=sparse_grad_tol is not None,
         )
-        sparse = sparse_gradient(head, linear, sparse_grad_tol)
+        sparse = sparse_gradient(head, linear, sparse_grad_tol, may_wait(allow_sync, hidden))
         saved = [
             None if x is None or x.numel() == 0 else rows.take(x)
             for x in (index, rows.mask, logps, entropy, shifts, totals, d_logps, d_entropy)

@@ -116,7 +116,7 @@ def linear_token_loss(
             keeps_logits=linear is None,
             sparse=sparse_grad_tol is not None,
         )
-        sparse = sparse_gradient(head, linear, sparse_grad_tol)
+        sparse = sparse_gradient(head, linear, sparse_grad_tol, may_wait(allow_sync, hidden))
         inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)
         per_token = [None if x is None else rows.take(x) for x in inputs]
         results = weight.new_zeros(ROW_RESULTS, rows.total, dtype=torch.float32)

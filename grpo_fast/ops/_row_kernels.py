@@ -68,15 +68,20 @@ def linear_kernels(
     label_smoothing: float,
     softcap: float | None,
     gradient: bool,
+    sharded: bool = False,
 ) -> LinearKernels | None:
     """Those that take these hidden states and this head, if there are any.
 
     They do not know label smoothing. What they keep for a gradient has the digits for bfloat16, not for float16, nor
-    for the slope of a softcap near the cap.
+    for the slope of a softcap near the cap; and its range is about the sampled token, which a row whose token is in
+    another shard of the vocabulary does not have.
     """
     linear = kernels.linear
-    if linear is None or label_smoothing != 0.0 or not linear.takes(states[slice(0, 0)], weight):
+    if linear is None or label_smoothing != 0.0:
         return None
-    if gradient and (softcap is not None or states.dtype != torch.bfloat16):
+    if gradient and (softcap is not None or states.dtype != torch.bfloat16 or sharded):
+        return None
+    # One row stands for all; of none, an address would say nothing.
+    if not linear.takes(states[slice(0, min(1, states.rows.total))], weight):
         return None
     return linear

@@ -133,21 +133,30 @@ class SparseGradient:
 
 
 def sparse_gradient(
-    head: ChunkedHead, linear: LinearKernels | None, tolerance: float | None
+    head: ChunkedHead, linear: LinearKernels | None, tolerance: float | None, wait: bool
 ) -> SparseGradient | None:
-    """That of ``head`` if there is a ``tolerance`` and something needs a gradient."""
+    """That of ``head`` if there is a ``tolerance`` and something needs a gradient; the host must be able to wait."""
     if tolerance is None or not any(head.needs):
         return None
     if linear is None:
         raise ValueError(
-            f"sparse_grad_tol: got {tolerance} before Hopper, or where a row of hidden or weight does not begin at a "
+            f"sparse_grad_tol: got {tolerance} not on Hopper, or where a row of hidden or weight does not begin at a "
             f"multiple of 16 bytes, want None"
         )
+    if not wait:
+        raise ValueError(f"sparse_grad_tol: got {tolerance} while a CUDA graph is captured, want None")
     return SparseGradient(head, linear.sum_of_rows, tolerance)
 
 
 def check_sparse_grad_tol(
-    value: object, hidden: Tensor, weight: Tensor, *, impl: str, allow_sync: bool, **excluded: Any
+    value: object,
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    impl: str,
+    allow_sync: bool,
+    weight_grad_out: Tensor | None = None,
+    **excluded: Any,
 ) -> None:
     """Check the tolerance, and that nothing is asked for that sparse gradients lack."""
     if value is None:
@@ -164,6 +173,7 @@ def check_sparse_grad_tol(
         (V <= MOST_WORDS, f"a vocabulary of {V}", f"at most {MOST_WORDS}"),
         (H % 8 == 0, f"H={H}", "a multiple of 8"),
         (allow_sync, "allow_sync=False", "allow_sync=True"),
+        (weight_grad_out is None or weight_grad_out.is_contiguous(), "a strided weight_grad_out", "a contiguous one"),
         *((not given, name, "only one of the two") for name, given in excluded.items()),
     ):
         if not fits:

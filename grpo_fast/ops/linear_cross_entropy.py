@@ -97,6 +97,7 @@ def linear_cross_entropy(
         weight,
         impl=implementation,
         allow_sync=allow_sync,
+        weight_grad_out=weight_grad_out,
         softcap=softcap,
         label_smoothing=label_smoothing,
         process_group=group,
