@@ -33,7 +33,6 @@ states' gradient in bfloat16. verl returns that gradient by shard; the all-reduc
 time. Errors are against float64 on one GPU: the loss, and, relative in the Frobenius norm, the gradients of
 64 hidden states and of up to 64 rows of this rank's part of the head, the largest of all ranks. Memory is the peak of
 a GPU beyond inputs; of these the head is 2 V H bytes whole, and 1/R of it in shards."""
-DIFFERENT = {"loss": 1e-3, "d hidden": 0.1, "d weight": 0.1}
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ LOSS = Task(
         Provider("grpo_fast, in shards", in_shards, ours=True),
         Provider("verl, in shards", verl_in_shards),
     ),
-    DIFFERENT,
+    {"loss": 1e-3, "d hidden": 0.1, "d weight": 0.1},
 )
 MESSAGES = Task(
     "its collectives alone",

@@ -42,5 +42,8 @@ def merged(records: Sequence[Record]) -> list[Record]:
             for name, value in other.get("errors", {}).items():
                 own = record.get("errors", {}).get(name, value)
                 record.setdefault("errors", {})[name] = own if own != own or own >= value else value
+        if "skipped" in record:  # on one rank is on all
+            for name in ("ms", "ms_p10", "ms_p90", "ceiling_ms", "peak_bytes", "errors"):
+                record.pop(name, None)
         found.append(record)
     return found

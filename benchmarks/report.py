@@ -128,6 +128,11 @@ def losses(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
 # The page ---------------------------------------------------------------------------------------------------------
 
 
+def _ranks(case: dict[str, Any]) -> dict[str, Any]:
+    """How many ranks there were is the machine's, not the case's."""
+    return {name: value for name, value in case.items() if name == "ranks"}
+
+
 def write_report(benchmarks: dict[str, Benchmark], files: Sequence[Path], page: Path) -> None:
     """Write the page, and its plots into a folder of the page's name beside it.
 
@@ -142,7 +147,8 @@ def write_report(benchmarks: dict[str, Benchmark], files: Sequence[Path], page: 
         parts += [_section(benchmark, content, relative(file, page))]
         for name, picture in plots(benchmark, records, page.with_suffix("") / file.stem):
             parts.append(f"![{name}]({relative(picture, page)})")
-        for case, task, members in groups(r for r in records if r["case"] == asdict(benchmark.headline)):
+        headline = asdict(benchmark.headline)
+        for case, task, members in groups(r for r in records if {**headline, **_ranks(r["case"])} == r["case"]):
             columns = header(members)
             parts += [
                 f"**{task}**, {benchmark.title(case)}",

@@ -109,6 +109,7 @@ def test_evaluate_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_task("chain_sum")
 
     def sample(policy: Any, prompts: list[list[int]], *, group_size: int, temperature: float, **_: Any) -> Rollout:
+        assert len(prompts) * group_size <= 8  # the batch
         texts = []
         for (number,) in prompts:
             problem = policy.known[number]

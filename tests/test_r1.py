@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,6 +144,82 @@ def test_a_folder_begun_by_another_recipe_and_several_processes_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="r1: got 2 ranks, want one process"):
         run_r1(tmp_path, MINUTE, device="cpu")
+
+
+def test_each_stage_starts_where_the_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every stage is given, by recorders in the stages' places."""
+    runs: dict[str, Settings] = {}
+    asked: dict[str, Any] = {}
+    learned: list[Any] = []
+
+    def summarize(place: Path) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(place / "summary.json", {"seconds": {"total": 1.0}})
+
+    def train(settings: Settings, place: Path, **_: Any) -> None:
+        runs[place.name] = settings
+        summarize(place)
+
+    def collect(policy: Any, task: Task, **options: Any) -> traces.Traces:
+        asked.update(options, policy=policy)
+        return traces.Traces([(0, completion_text(task.problem("train", 0)))], 8, 6, 6, 0.5)
+
+    def distilled(settings: DistillSettings, examples: Any, place: Path, teacher: Any) -> None:
+        learned.extend((settings, teacher))
+        summarize(place)
+
+    for name, recorder in (("train", train), ("collect", collect), ("distill", distilled)):
+        monkeypatch.setattr(r1, name, recorder)
+    monkeypatch.setattr(r1, "measure", lambda *_: {})
+    monkeypatch.setattr(
+        r1, "load_policy", lambda name, device: SimpleNamespace(name=name, device=torch.device("cpu"))
+    )
+    preset = replace(MINUTE, barely=0.05)
+    run_r1(tmp_path, preset, seed=3, device="cpu", divergence=0.5)
+    teacher = preset.teacher
+    found = {name: (s.model, s.cold_start_until, s.cold_start_steps, s.steps, s.seed) for name, s in runs.items()}
+    assert found == {
+        "zero": ("tiny", 0.05, 2, 2, 3),
+        "r1": ("tiny", teacher.cold_start_until, 2, 2, 3),
+        "student": (str(tmp_path / "distilled" / "model"), teacher.cold_start_until, 0, 1, 3),
+        "control": ("tiny-student", 0.05, 2, 2, 3),
+    }
+    assert asked["policy"].name == str(tmp_path / "r1" / "model")
+    assert asked["first"] == 2 * 8 + 2 * 4  # problems that the teacher has not been trained on
+    settings, shown = learned
+    assert (settings.model, settings.divergence, settings.seed) == ("tiny-student", 0.5, 3)
+    assert shown.name == str(tmp_path / "r1" / "model")
+    recipe = json.loads((tmp_path / "recipe.json").read_text(encoding="utf-8"))
+    assert recipe["seed"] == 3
+    assert recipe["teacher"].keys().isdisjoint({"seed", "device"})
+
+
+def test_models_are_measured_on_problems_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same held-out ones whatever the run's seed, of the split no choice was made by, and level by level."""
+    calls: list[tuple[list[str], str, int]] = []
+
+    def evaluate(_: Any, task: Task, split: Any, **options: Any) -> Any:
+        calls.append(([p.compact for p in task.problems(split, 0, 3)], split, options["problems"]))
+        return Measured(0.5, 0.1, [])
+
+    monkeypatch.setattr(r1_measure, "evaluate", evaluate)
+    monkeypatch.setattr(r1_measure, "without_thought", lambda *_: (0.0, 0.0))
+    policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    monkeypatch.setattr(r1_measure, "load_policy", lambda *_, **__: policy)
+    base = replace(MINUTE.teacher, seed=5)
+    r1_measure.measure(tmp_path, base, MINUTE)
+    held_out = [base.load_task(seed=r1_measure.HELD_OUT_SEED, **o) for o in ({}, *MINUTE.levels.values())]
+    expected = [[p.compact for p in task.problems("test", 0, 3)] for task in held_out]
+    assert len({str(problems) for problems in expected}) == 3
+    sizes = (MINUTE.problems, MINUTE.level_problems, MINUTE.level_problems)
+    assert calls == [(p, "test", n) for p, n in zip(expected, sizes, strict=True)] * len(MODELS)
+
+
+@dataclass
+class Measured:
+    pass_at_1: float
+    pass_at_1_se: float
+    examples: list[dict[str, Any]]
 
 
 def grown() -> Preset:

@@ -80,7 +80,8 @@ def actor_forward(
         sequences, position_ids, labels, _, indices = unpad_and_slice_tensor(sequences, attention_mask, None)
         attention_mask, counts = None, counts.flatten()[indices].view_as(labels)
     else:
-        assert attention_mask is not None
+        if attention_mask is None:
+            raise ValueError("attention_mask: got None without packing, want (B, T)")
         labels = sequences.roll(-1, 1)
         position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
     output = self.model(

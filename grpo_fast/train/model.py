@@ -106,11 +106,11 @@ class Policy:
 
 
 #: Models that are made anew, by their hidden size: 0.4, 0.1, 6.4 and 1.6 M parameters.
-TINY: dict[str, int] = {"tiny": 128, "tiny-student": 64, "small": 512, "small-student": 256}
+MADE_ANEW: dict[str, int] = {"tiny": 128, "tiny-student": 64, "small": 512, "small-student": 256}
 
 
 def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
-    """Load a model by name: one of ``TINY``, ``"smollm2-135m"``, a folder, or a name on the hub.
+    """Load a model by name: one of ``MADE_ANEW``, ``"smollm2-135m"``, a folder, or a name on the hub.
 
     Tiny ones are made anew, their weights drawn from ``seed``. Weights are float32; only safetensors files are
     read, and no code that comes with a model runs.
@@ -121,14 +121,14 @@ def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch sees no GPU; want 'cpu' or 'auto'")
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if name in TINY:
+    if name in MADE_ANEW:
         torch.manual_seed(seed)
         tokenizer = character_tokenizer()
-        return Policy(tiny_model(tokenizer, TINY[name]), tokenizer, compact=True, device=where)
+        return Policy(tiny_model(tokenizer, MADE_ANEW[name]), tokenizer, compact=True, device=where)
     source = str(model_folder(name)) if name in GGUF else name
     if not Path(source).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise ValueError(
-            f"model: got {name!r}, want {', '.join([*TINY, *GGUF])}, a folder, or a hub name 'owner/name'"
+            f"model: got {name!r}, want {', '.join([*MADE_ANEW, *GGUF])}, a folder, or a hub name 'owner/name'"
         )
     safe: dict[str, Any] = {"trust_remote_code": False}
     try:

@@ -54,6 +54,7 @@ def run_r1(
     if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"r1: got {ranks} ranks, want one process; grpo-fast train is what runs on several")
     recipe = {"seed": seed, "divergence": divergence, **asdict(preset)}
+    recipe["teacher"] = {k: v for k, v in recipe["teacher"].items() if k not in ("seed", "device")}  # the call's
     _keep_to(folder / RECIPE_FILE, recipe)
     base = replace(preset.teacher, seed=seed, device=device)
     task = base.load_task()

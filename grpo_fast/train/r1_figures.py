@@ -53,7 +53,10 @@ def training(folder: Path, settings: dict[str, Any]) -> bytes:
 
 
 def abilities(models: dict[str, dict[str, Any]]) -> bytes:
-    """pass@k, accuracy by level and accuracy by response length, with 95 % intervals, as a PNG."""
+    """pass@k and accuracy by level, with 95 % intervals, and accuracy by response length, as a PNG.
+
+    Samples of one problem are of a length and right together, so those of a length tell no interval.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(18, 5), layout="constrained")
@@ -61,10 +64,13 @@ def abilities(models: dict[str, dict[str, Any]]) -> bytes:
     levels = list(next(iter(models.values()))["levels"])
     for color, (name, title) in enumerate(MODELS.items()):
         model = models[name]
-        style: dict[str, Any] = {"color": f"C{color}", "ms": 4, "lw": 1.2, "capsize": 2, "label": title}
-        lengths = [(length, share, (share * (1 - share) / n) ** 0.5) for length, n, share in model["by_length"]]
+        plain: dict[str, Any] = {"color": f"C{color}", "ms": 4, "lw": 1.2, "label": title}
+        style = {**plain, "capsize": 2}
         of_levels = [(place, *model["levels"][level]) for place, level in enumerate(levels)]
-        for axis, points in ((by_k, model["pass_at"]), (by_level, of_levels), (by_length, lengths)):
+        by_length.plot(
+            *zip(*((length, share) for length, _, share in model["by_length"]), strict=True), "o-", **plain
+        )
+        for axis, points in ((by_k, model["pass_at"]), (by_level, of_levels)):
             x, shares, errors = zip(*points, strict=True)
             axis.errorbar(x, shares, [1.96 * error for error in errors], fmt="o-", **style)
         for k, share, error in model["cons_at"]:

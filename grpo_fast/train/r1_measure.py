@@ -114,6 +114,7 @@ def lessons(models: dict[str, dict[str, Any]]) -> list[tuple[str, bool, str]]:
 
 
 def _notices(model: dict[str, Any]) -> tuple[bool, str]:
+    """As if steps were independent of each other, which those of one problem are not quite."""
     found = model["corrections"]
     slips, right = found["slips"], found["steps"] - found["slips"]
     if not slips or not right:

@@ -44,13 +44,13 @@ _NAMES = ("easy", "medium", "hard", "longer than any in training", "longer still
 _LEVELS = {f"{name}: {n} numbers": {"min_terms": n, "max_terms": n} for n, name in enumerate(_NAMES, start=3)}
 
 PRESETS: dict[str, Preset] = {
-    # Two cores of a CPU, a quarter of an hour.
+    # A CPU, half an hour on one core.
     "tiny": Preset(
         teacher=Settings(model="tiny", task="checked_sum", max_new_tokens=80, eval_samples=16),
         student="tiny-student",
         levels=_LEVELS,
     ),
-    # One GPU, ten minutes.
+    # One GPU.
     "small": Preset(
         teacher=Settings(
             model="small",

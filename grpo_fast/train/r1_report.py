@@ -102,7 +102,7 @@ def _page(measured: dict[str, Any], over_steps: bytes, at_the_end: bytes) -> str
         "<p>No model was trained on them or chosen by them; ± is one standard error. Without thinking: the answer "
         "has to follow at once, which no model was trained to do.</p>",
         _table(*cells(models)),
-        _image("pass@k, accuracy by level and by response length, with 95 % intervals", at_the_end),
+        _image("pass@k and accuracy by level, with 95 % intervals; accuracy by response length", at_the_end),
         "<h2>pass@k</h2>",
         _table(["", *(f"pass@{k}" for k, *_ in first["pass_at"])], by_k),
         "<h2>pass@1 by level</h2>",
