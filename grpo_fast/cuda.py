@@ -73,23 +73,13 @@ def grpo_loss_rows(
     completion_ids: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    entropy_mask: Tensor | None,
-    sampler_ratio: Tensor | None,
-    entropy_threshold: Tensor | None,
-    num_items: Tensor | None,
-    token_weights: Tensor | None,
-    entropy_items: Tensor | None,
-    *,
+    *inputs: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
     **options: Any,
 ) -> None:
-    """As ``grpo_fast.kernels.grpo_loss.grpo_loss_rows``.
+    """As ``grpo_fast.kernels.grpo_loss.grpo_loss_rows``; ``inputs`` and ``options`` are those of ``make_loss``.
 
     For float32 logits ``out`` may also be of half precision, and then each row begin where the logits' row does.
 
@@ -113,16 +103,7 @@ def grpo_loss_rows(
         completion_ids,
         mask,
         cu_seqlens,
-        advantages,
-        rewards,
-        old_logps,
-        ref_logps,
-        entropy_mask,
-        sampler_ratio,
-        entropy_threshold,
-        num_items,
-        token_weights,
-        entropy_items,
+        *inputs,
         **options,
     )
     error = _C.grpo_loss_rows(
