@@ -128,9 +128,13 @@ def losses(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
 # The page ---------------------------------------------------------------------------------------------------------
 
 
-def _ranks(case: dict[str, Any]) -> dict[str, Any]:
-    """How many ranks there were is the machine's, not the case's."""
-    return {name: value for name, value in case.items() if name == "ranks"}
+def _of_headline(
+    benchmark: Benchmark, records: Sequence[Record]
+) -> Iterable[tuple[dict[str, Any], str, list[Record]]]:
+    """The groups of the case that is shown in full; how many ranks there were is the machine's, not the case's."""
+    headline = asdict(benchmark.headline)
+    ranks = ({"ranks": r["case"]["ranks"]} if "ranks" in headline else {} for r in records)
+    return groups(r for r, own in zip(records, ranks, strict=True) if {**headline, **own} == r["case"])
 
 
 def write_report(benchmarks: dict[str, Benchmark], files: Sequence[Path], page: Path) -> None:
@@ -147,8 +151,7 @@ def write_report(benchmarks: dict[str, Benchmark], files: Sequence[Path], page: 
         parts += [_section(benchmark, content, relative(file, page))]
         for name, picture in plots(benchmark, records, page.with_suffix("") / file.stem):
             parts.append(f"![{name}]({relative(picture, page)})")
-        headline = asdict(benchmark.headline)
-        for case, task, members in groups(r for r in records if {**headline, **_ranks(r["case"])} == r["case"]):
+        for case, task, members in _of_headline(benchmark, records):
             columns = header(members)
             parts += [
                 f"**{task}**, {benchmark.title(case)}",
@@ -191,11 +194,12 @@ def _section(benchmark: Benchmark, content: dict[str, Any], file: str) -> str:
 
 
 def plots(benchmark: Benchmark, records: Sequence[Record], stem: Path) -> list[tuple[str, Path]]:
-    """(title, file) of each: time and memory along every axis, a figure a task."""
+    """(title, file) of each: time and memory along every axis, a figure a task; and how exact is how fast."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams |= {"svg.hashsalt": "grpo_fast", "svg.fonttype": "none"}  # the same records, the same bytes
+    stem.parent.mkdir(parents=True, exist_ok=True)
     found = []
     axes = [(axis, _along(axis, records)) for axis in benchmark.axes]
     for task in dict.fromkeys(r["task"] for r in records):
@@ -210,9 +214,21 @@ def plots(benchmark: Benchmark, records: Sequence[Record], stem: Path) -> list[t
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
         name = task.replace(" ", "-").replace(",", "").replace("+", "and")
         file = stem.with_name(f"{stem.name}-{name}.svg")
-        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata={"Date": None})
         found.append((f"{task}: time and memory", file))
+    held = []
+    for _, _, own in _of_headline(benchmark, records):
+        timed = [r for r in own if "ms" in r and "errors" in r]
+        errors = [max(r["errors"].values()) for r in timed]
+        if timed and max(errors) > 2 * min(errors):  # else there is nothing to choose between
+            held.append(timed)
+    if held:
+        figure = Figure(figsize=(5.5 * len(held), 4.2), layout="constrained")
+        for place, own in enumerate(held, start=1):
+            _draw_errors(figure.add_subplot(1, len(held), place), own)
+        file = stem.with_name(f"{stem.name}-errors.svg")
+        figure.savefig(file, metadata={"Date": None})
+        found.append((f"error against time, {benchmark.title(asdict(benchmark.headline))}", file))
     return found
 
 
@@ -240,3 +256,18 @@ def _draw(plot: Any, lines: dict[str, list[tuple[float, Record]]], axis: str, ki
     plot.set_xticks(values, [f"{x:,.0f}" for x in values], rotation=30, fontsize=8)
     plot.set_xticks([], minor=True)
     plot.grid(alpha=0.3)
+
+
+def _draw_errors(plot: Any, records: Sequence[Record]) -> None:
+    """The largest error of each provider against its time."""
+    for place, r in enumerate(records):
+        style: dict[str, Any] = {"ms": 13, "marker": "*"} if r["ours"] else {"ms": 7, "marker": "osD^vP"[place % 6]}
+        plot.plot([r["ms"]], [max(r["errors"].values())], ls="", label=r["provider"], alpha=0.8, **style)
+    plot.set(title=records[0]["task"], xlabel="time, ms", ylabel=f"error: {', '.join(records[0]['errors'])}")
+    plot.set(xscale="log", yscale="log")
+    times = sorted(r["ms"] for r in records)
+    plot.set_xticks([times[0], times[-1]], [f"{x:.3g}" for x in (times[0], times[-1])])
+    plot.set_xticks([], minor=True)
+    plot.margins(0.15)
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize=7)
