@@ -5,6 +5,7 @@ What the gradient needs of them is kept in 16 bits each, where the gradient then
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,12 +47,12 @@ def linear_logps_fwd(
     bias = _as_vector(bias)
     logps, shifts, totals = hidden.new_empty(3, hidden.size(0), dtype=torch.float32).unbind()
     entropies = torch.empty_like(logps) if return_entropy else logps.new_empty(0)
-    *_, partials = _buffers(hidden)
+    bases, _, partials = _buffers(hidden)
     error = _C.linear_log_probs(
         device=hidden.device.index,
         stream=stream(hidden),
         head=_head(hidden, weight, bias, index, temperature, logit_scale, softcap),
-        exponentials=_C.Exponentials(values=0, stride=0, bases=0),
+        exponentials=_exponentials(None, bases),
         partials=partials.data_ptr(),
         logps=logps.data_ptr(),
         entropies=entropies.data_ptr() if return_entropy else 0,
@@ -73,6 +74,11 @@ class Exponentials:
     slopes: Tensor
     tilted: bool  # whether entropies have a gradient
     held: tuple[Tensor | None, ...]  # what else kernels read
+
+    @functools.cached_property
+    def usual(self) -> Tensor:
+        """A scalar: the sampled tokens' elements in the root mean square, by which those of all rows are measured."""
+        return self.slopes[:, 3].square().mean().sqrt()
 
     def gradient(self, which: Tensor | None = None) -> None:
         """Turn the exponentials into the gradient of the logits, of all rows or those of these numbers.
@@ -101,7 +107,6 @@ class Exponentials:
             RuntimeError: The kernel was not launched.
         """
         n = self.hidden.size(0) if which is None else which.numel()
-        usual = self.slopes[:, 3].square().mean().sqrt()  # of the sampled tokens' elements
         ids = self.hidden.new_empty(n, capacity, dtype=torch.int32)
         values, counts = torch.empty_like(ids, dtype=torch.float32), ids.new_empty(n)
         error = _C.sparse_rows(
@@ -113,7 +118,7 @@ class Exponentials:
             tilted=self.tilted,
             which=address(which),
             count=n,
-            usual=usual.data_ptr(),
+            usual=self.usual.data_ptr(),
             tolerance=tolerance,
             ids=ids.data_ptr(),
             values=values.data_ptr(),
@@ -149,7 +154,7 @@ def linear_logps_bwd(
     bias = _as_vector(bias)
     head = _head(hidden, weight, bias, index, temperature, logit_scale, softcap)
     bases, slopes, partials = _buffers(hidden)
-    native = _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=bases.data_ptr())
+    native = _exponentials(out, bases)
     device, name = hidden.device.index, "linear_selective_log_softmax"
     none = dict.fromkeys(("logps", "entropies", "shifts", "totals"), 0)
     error = _C.linear_log_probs(
@@ -200,9 +205,7 @@ def linear_loss_rows(
         rows, None, 1, hidden.size(0), completion_ids, *inputs, entropy_coef=entropy_coef, **options
     )
     head = _head(hidden, weight, bias, completion_ids, temperature, logit_scale, softcap)
-    native = _C.Exponentials(values=0, stride=0, bases=0)
-    if out is not None:
-        native = _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=bases.data_ptr())
+    native = _exponentials(out, bases)
     error = _C.linear_loss_rows(
         device=hidden.device.index,
         stream=stream(hidden),
@@ -259,6 +262,12 @@ def _buffers(hidden: Tensor) -> tuple[Tensor, ...]:
     """Of float32: a base and four slopes a row, and what each lane of the product finds of it."""
     lanes = _C.linear_lanes(hidden.size(0), _multiprocessors(hidden))
     return tuple(hidden.new_empty(hidden.size(0), k, dtype=torch.float32) for k in (1, 4, 4 * lanes))
+
+
+def _exponentials(out: Tensor | None, bases: Tensor) -> _C.Exponentials:
+    if out is None:
+        return _C.Exponentials(values=0, stride=0, bases=0)
+    return _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=bases.data_ptr())
 
 
 def _head(

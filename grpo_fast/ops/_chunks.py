@@ -133,14 +133,11 @@ class ChunkedHead:
         self.needs = needs
         self._weight_dtype = gradient_dtype(weight)
         self._weight_grad_out = weight_grad_out
-        self._weight_has_values = weight_grad_out is not None
+        # Added up in float32, unless one product gives it all.
+        direct = rows.live <= self._section_rows and self._weight_dtype == self.dtype and not sparse
+        self._total_dtype = self._weight_dtype if direct else torch.float32
         if needs.weight and weight_grad_out is not None:
             self._d_weight = weight_grad_out if scale is None else weight_grad_out.mul_(scale)
-        elif needs.weight:
-            # Added up in float32, unless one product gives it all.
-            direct = rows.live <= self._section_rows and self._weight_dtype == self.dtype
-            if not sparse:
-                self._d_weight = weight.new_empty(V, H, dtype=self._weight_dtype if direct else torch.float32)
         if needs.bias:
             self._d_bias = weight.new_zeros(V, dtype=torch.float32)
 
@@ -197,12 +194,10 @@ class ChunkedHead:
                 self._reduce_hidden()  # while the last section's product with the weight is computed
         if self.needs.weight:
             if self._d_weight is None:
-                self._d_weight = torch.empty_like(self.weight, dtype=torch.float32)
-            if self._weight_has_values:
-                add_product(gradient.t(), x, self._d_weight)
-            else:
+                self._d_weight = self.weight.new_empty(self.weight.shape, dtype=self._total_dtype)
                 product(gradient.t(), x, self._d_weight)
-            self._weight_has_values = True
+            else:
+                add_product(gradient.t(), x, self._d_weight)
         if self._d_bias is not None:
             self._d_bias += gradient.sum(0, dtype=torch.float32)
 
@@ -234,8 +229,7 @@ class ChunkedHead:
         Where nothing else does, the weight's is to be written as it is handed out.
         """
         if self.needs.weight and self._d_weight is None:
-            self._d_weight = torch.empty_like(self.weight, dtype=self._weight_dtype)
-            self._weight_has_values = True
+            self._d_weight = self.weight.new_empty(self.weight.shape, dtype=self._weight_dtype)
         return self._d_weight, self._d_bias
 
     def _reduce_hidden(self) -> None:
@@ -259,10 +253,9 @@ class ChunkedHead:
             if self._reduction is not None:
                 self._reduction.wait()
             d_hidden = self._d_hidden.view(self._hidden.shape)
-        if self._d_weight is not None and self._weight_grad_out is None:
-            if not self._weight_has_values:
-                self._d_weight.zero_()
-            d_weight = self._d_weight.to(self._weight_dtype)
+        if self.needs.weight and self._weight_grad_out is None:
+            total = self.weight.new_zeros(self.weight.shape) if self._d_weight is None else self._d_weight
+            d_weight = total.to(self._weight_dtype)
         if self._d_bias is not None and self._bias is not None:
             d_bias = self._d_bias.to(gradient_dtype(self._bias))
         return d_hidden, d_weight, d_bias

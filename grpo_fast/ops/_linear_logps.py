@@ -12,7 +12,7 @@ from grpo_fast.ops._chunks import ChunkedHead, Needs
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
 from grpo_fast.ops._rows import HiddenRows, Rows, may_wait
-from grpo_fast.ops._sparse import sparse_gradient
+from grpo_fast.ops._sparse import backpropagate, sparse_gradient
 from grpo_fast.ops._vocabulary_parallel import merge_rows, shard_index, sharded_linear_logps_ref, upstream_in_shard
 from grpo_fast.reference import linear_logps_ref
 
@@ -224,11 +224,7 @@ def _linear_logps_backward(
             if linear is not None:
                 rest = ids, kept, logp, h, shift, total, d_logp, d_h, temperature, logit_scale, softcap
                 left = linear.logps_backward(gradient, head.states(part), head.weight, bias, *rest)
-                if sparse is not None:
-                    sparse.backpropagate(part, left)
-                else:
-                    left.gradient()
-                    head.backpropagate(part)
+                backpropagate(head, part, left, sparse)
                 del left, gradient
                 continue
             logits = head.logits(part)

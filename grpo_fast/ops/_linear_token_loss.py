@@ -16,7 +16,7 @@ from grpo_fast.ops._library import mutating_op, overwritten
 from grpo_fast.ops._products import gradient_dtype
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
 from grpo_fast.ops._rows import HiddenRows, Rows, may_wait
-from grpo_fast.ops._sparse import sparse_gradient
+from grpo_fast.ops._sparse import backpropagate, sparse_gradient
 from grpo_fast.ops._token_loss import METRICS
 
 #: What a row leaves behind: log-prob, entropy, weighted loss, KL, ratio, clip.
@@ -163,11 +163,8 @@ def linear_token_loss(
             gradient = head.gradient(part) if has_gradient else None
             if linear is not None:
                 left = linear.loss_rows(found, gradient, head.states(part), head.weight, bias, *rest, **options)
-                if sparse is not None and gradient is not None:
-                    sparse.backpropagate(part, left)
-                elif gradient is not None:
-                    left.gradient()
-                    head.backpropagate(part)
+                if gradient is not None:
+                    backpropagate(head, part, left, sparse)
                 del left
             else:
                 logits = head.logits(part)

@@ -25,12 +25,11 @@ MOST_WORDS = 262_144
 
 
 class Entries(NamedTuple):
-    """Elements of the gradient of some rows, by row and then by word, and where each row's begin."""
+    """Elements of the gradient of the logits, by row and then by word."""
 
-    rows: Tensor  # int64, within the section
+    rows: Tensor  # int32, counted over all sections
     columns: Tensor  # int32
     values: Tensor  # float32
-    starts: Tensor  # int64
 
 
 class SparseGradient:
@@ -47,7 +46,8 @@ class SparseGradient:
 
     def __init__(self, head: ChunkedHead, sum_of_rows: Callable[..., Any], tolerance: float) -> None:
         self._head, self._sum_of_rows, self._tolerance = head, sum_of_rows, tolerance
-        self._taken: list[Entries] = []  # their rows counted from the first section on
+        none = head.weight.new_empty(0, dtype=torch.int32)
+        self._taken = [Entries(none, none, none.float())]
         self._pending: Callable[[], None] | None = None
         self._dense = False
 
@@ -102,7 +102,7 @@ class SparseGradient:
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts, output_size=entries)
         at = torch.arange(entries, device=rows.device) - starts[rows] + places[rows]
-        found = Entries(rows + part.start, ids[at], values[at], starts)
+        found = Entries((rows + part.start).int(), ids[at], values[at])
         self._taken.append(found)
         if self._head.needs.hidden:
             weight = self._head.weight
@@ -116,20 +116,24 @@ class SparseGradient:
         d_weight, d_bias = self._head.sparse_totals()
         if d_weight is None and d_bias is None:
             return
-        device = self._head.weight.device
-        no_rows, no_columns, no_values = (
-            torch.empty(0, device=device, dtype=x) for x in (torch.int64, torch.int32, torch.float32)
-        )
-        rows = torch.cat([no_rows, *(x.rows for x in self._taken)])
-        values = torch.cat([no_values, *(x.values for x in self._taken)])
-        columns, order = torch.cat([no_columns, *(x.columns for x in self._taken)]).sort(stable=True)
-        rows, values = rows[order].int(), values[order]
+        rows, columns, values = (torch.cat(x) for x in zip(*self._taken, strict=True))
+        columns, order = columns.sort(stable=True)
+        rows, values = rows[order], values[order]
         if d_weight is not None:
-            bounds = torch.arange(d_weight.size(0) + 1, device=device, dtype=torch.int32)
+            bounds = torch.arange(d_weight.size(0) + 1, device=columns.device, dtype=torch.int32)
             starts = torch.searchsorted(columns, bounds)
             self._sum_of_rows(d_weight, starts, rows, values, self._head.all_states())
         if d_bias is not None:
             d_bias.index_put_((columns.long(),), values, accumulate=True)
+
+
+def backpropagate(head: ChunkedHead, part: slice, exponentials: Any, sparse: SparseGradient | None) -> None:
+    """Take a section from what its product left to hidden states, weight and bias."""
+    if sparse is not None:
+        sparse.backpropagate(part, exponentials)
+    else:
+        exponentials.gradient()
+        head.backpropagate(part)
 
 
 def sparse_gradient(
