@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from grpo_fast import GRPOLossConfig, grpo_loss, linear_selective_log_softmax, selective_log_softmax
+from grpo_fast import (
+    GRPOLossConfig,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    selective_log_softmax,
+)
 
 B = 2
 # A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice.
@@ -71,6 +77,26 @@ def from_hidden_states() -> None:
         for options in ({}, {"bias": bias}, {"softcap": 30.0}, {"bias": bias, "softcap": 30.0}):
             found = linear_selective_log_softmax(hidden, weight, index, return_entropy=True, impl="cuda", **options)
             assert torch.stack(list(found)).isfinite().all()
+        gradients(hidden, weight, bias, index)
+
+
+def gradients(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: torch.Tensor) -> None:
+    """The loss and its gradients, dense and sparse, with everything that the rows' kernels can be asked for."""
+    shared: dict[str, Any] = {"impl": "cuda", "advantages": torch.randn(2, device="cuda")}
+    shared["cu_seqlens"] = torch.tensor([0, index.numel() // 2, index.numel()], device="cuda")
+    hidden = hidden + 2.0 * weight[index]  # peaked
+    for entropy_coef, options in (
+        (0.0, {}),
+        (0.0, {"sparse_grad_tol": 1e-2}),
+        (0.1, {"bias": bias}),
+        (0.1, {"bias": bias, "sparse_grad_tol": 1e-1}),
+        (0.1, {"softcap": 30.0}),
+    ):
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+        config = GRPOLossConfig(entropy_coef=entropy_coef)
+        loss = linear_grpo_loss(*leaves, index, **shared, **options, config=config).loss
+        loss.backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
 
 
 if __name__ == "__main__":
