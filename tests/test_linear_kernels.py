@@ -140,9 +140,9 @@ def test_a_bias_with_gaps_and_states_off_16_bytes(launches: list[int]) -> None:
 
 
 def test_logits_far_below_0(launches: list[int]) -> None:
-    """Farther than an exponential relative to 0 has bits for."""
+    """Farther than an exponential relative to 0 has bits for; in float32 they are multiples of 2^-7."""
     hidden, weight, index = inputs(64, 500, 64)
-    check_loss(hidden, weight, index, bias=torch.full((500,), -1e5, device="cuda"))
+    check_loss(hidden, weight, index, within=5e-3, of_logps=2**-6, bias=torch.full((500,), -1e5, device="cuda"))
     assert launches == [64]
 
 
@@ -220,7 +220,9 @@ def test_rows_whose_token_is_all_but_impossible(launches: list[int]) -> None:
     assert launches
 
 
-def check_loss(hidden: Tensor, weight: Tensor, index: Tensor, within: float = 2.4e-3, **options: Any) -> None:
+def check_loss(
+    hidden: Tensor, weight: Tensor, index: Tensor, within: float = 2.4e-3, of_logps: float = 5e-5, **options: Any
+) -> None:
     """Loss, log-probs and gradients of ``linear_grpo_loss`` against float64."""
     count = index.numel()
     batch: dict[str, Any] = {
@@ -240,8 +242,8 @@ def check_loss(hidden: Tensor, weight: Tensor, index: Tensor, within: float = 2.
         runs.append((out, torch.autograd.grad(out.loss, leaves)))
     (got, gradients), (truth, true_gradients) = runs
     torch.testing.assert_close(got.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got.logps.double(), truth.logps, rtol=1e-5, atol=5e-5)
-    torch.testing.assert_close(got.entropy.double(), truth.entropy, rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(got.logps.double(), truth.logps, rtol=1e-5, atol=of_logps)
+    torch.testing.assert_close(got.entropy.double(), truth.entropy, rtol=1e-5, atol=of_logps)
     for x, y in zip(gradients, true_gradients, strict=True):
         error = (x.double() - y).norm() / y.norm()
         assert error < within, f"{error:.1e}"

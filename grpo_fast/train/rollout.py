@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_fast.train.graphed import can_be_graphed, graphed_decoder, next_token
 from grpo_fast.train.model import Policy
 
 
@@ -67,24 +69,54 @@ def sample(
     policy.model.eval()
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
 
-    # Each prompt is read once; its cache is then shared out to its group.
+    # Each prompt is read once; its keys and values are then shared out to its group.
     out = policy.forward(prompt_ids, prompt_mask, use_cache=True)
     cache = out.past_key_values
-    cache.batch_repeat_interleave(group_size)
     hidden = out.last_hidden_state[:, -1].repeat_interleave(group_size, 0)  # (B, H)
     prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
-    rows = prompt_ids.size(0)
+    if can_be_graphed(policy, cache):
+        rows, width = prompt_ids.shape
+        decoder = graphed_decoder(policy, cache, rows, width, max_new_tokens, temperature)
+        decoder.begin(cache, hidden, prompt_mask)
+        length = decoder.run(generator)
+        ids, logps, kept = (x[:, :length].clone() for x in (decoder.ids, decoder.logps, decoder.kept))
+        alive = decoder.alive.clone()
+    else:
+        cache.batch_repeat_interleave(group_size)
+        ids, logps, kept, alive = _decode(policy, cache, hidden, prompt_mask, max_new_tokens, temperature, generator)
+    policy.model.train(was_training)
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=ids,
+        completion_mask=kept,
+        logps=logps,
+        texts=[policy.decode(row) for row in ids.cpu()],
+        truncated=alive,
+    )
 
-    mask = torch.zeros(rows, prompt_mask.size(1) + max_new_tokens, dtype=torch.bool, device=policy.device)
-    mask[:, : prompt_mask.size(1)] = prompt_mask
-    alive = torch.ones(rows, dtype=torch.bool, device=policy.device)
+
+def _decode(
+    policy: Policy,
+    cache: Any,
+    hidden: Tensor,
+    prompt_mask: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids, logps, kept (B, T), alive (B,)) after as many steps as the longest completion has tokens."""
+    rows, width = prompt_mask.shape
+    mask = prompt_mask.new_zeros(rows, width + max_new_tokens)
+    mask[:, :width] = prompt_mask
+    alive = prompt_mask.new_ones(rows)
     ids, logps, kept = [], [], []
-    for position in range(prompt_mask.size(1), mask.size(1)):
+    for position in range(width, mask.size(1)):
         log_p = policy.log_probs(hidden, temperature or 1.0)  # (B, V)
+        noise = torch.empty_like(log_p)
         if temperature > 0:
-            token = torch.multinomial(log_p.exp(), 1, generator=generator).squeeze(-1)
-        else:
-            token = log_p.argmax(-1)
+            noise.exponential_(generator=generator)
+        token = next_token(log_p, temperature, noise)
         ids.append(torch.where(alive, token, policy.pad_id))
         logps.append(torch.where(alive, log_p.gather(-1, token[:, None]).squeeze(-1), 0.0))
         kept.append(alive)
@@ -94,15 +126,4 @@ def sample(
         mask[:, position] = kept[-1]
         out = policy.forward(ids[-1][:, None], mask[:, : position + 1], past_key_values=cache, use_cache=True)
         hidden = out.last_hidden_state[:, -1]
-    policy.model.train(was_training)
-
-    completion_ids = torch.stack(ids, 1)
-    return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        completion_ids=completion_ids,
-        completion_mask=torch.stack(kept, 1),
-        logps=torch.stack(logps, 1),
-        texts=[policy.decode(row) for row in completion_ids.cpu()],
-        truncated=alive,
-    )
+    return torch.stack(ids, 1), torch.stack(logps, 1), torch.stack(kept, 1), alive
