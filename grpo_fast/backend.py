@@ -49,6 +49,16 @@ EXTENSION, WHY_NO_EXTENSION = _load_extension()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot look it up
 
 
+def check_impl(impl: str | None) -> None:
+    """Check that ``impl`` is None or an implementation's name.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: got {impl!r}, want None or one of {', '.join(IMPLEMENTATIONS)}")
+
+
 def choose(op: str, impl: str | None, x: Tensor) -> str:
     """The implementation of ``op`` to run on ``x``, the input that fixes device and precision.
 
@@ -56,10 +66,9 @@ def choose(op: str, impl: str | None, x: Tensor) -> str:
         ValueError: ``impl`` is no implementation's name.
         RuntimeError: ``impl`` cannot run ``op`` here; the message says why.
     """
+    check_impl(impl)
     if impl is None:
         return _best(op, x.device, x.dtype, x.stride(-1))
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: got {impl!r}, want None or one of {', '.join(IMPLEMENTATIONS)}")
     if impl not in OPS[op]:
         raise RuntimeError(f"impl={impl!r}: {op} has no such kernel in this version; it has {', '.join(OPS[op])}")
     obstacle = _obstacle(impl, x.device, x.dtype, x.stride(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -26,9 +27,10 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     TrainingArguments,
 )
-from trl.trainer import utils  # noqa: E402
+from trl.trainer import distillation_trainer, utils  # noqa: E402
 
 from grpo_fast.integrations import _versions  # noqa: E402
+from grpo_fast.integrations._trl_functions import _THEIR_DIVERGENCE  # noqa: E402
 from grpo_fast.integrations.trl import FastGRPOTrainer, patch_trl, unpatch_trl  # noqa: E402
 
 VOCABULARY = ["<pad>", "<eos>", *"0123456789+="]
@@ -226,6 +228,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from test_integration_trl import make_trainer
+from grpo_fast.integrations._trl_functions import _THEIR_DIVERGENCE  # noqa: E402
 from grpo_fast.integrations.trl import FastGRPOTrainer
 folder = Path(sys.argv[1])
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -379,18 +382,54 @@ def make_rloo(folder: Path, tokenizer: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [make_sft, make_dpo, make_rloo])
-def test_patched_trainers(make: Any, folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def make_kto(folder: Path, tokenizer: Any) -> Any:
+    numbers = range(len(PROMPTS))
+    columns = {"prompt": PROMPTS, "completion": [f"{i}" for i in numbers], "label": [i % 2 == 0 for i in numbers]}
+    return trl.KTOTrainer(
+        model=str(folder),
+        args=trl.KTOConfig(**common(folder), model_init_kwargs={"dtype": "float32"}),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+    )
+
+
+def make_distillation(beta: float, folder: Path, tokenizer: Any) -> Any:
+    """A teacher that is twice as wide."""
+    torch.manual_seed(2)
+    teacher = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 32}, **SPECIAL))
+    options = dict(beta=beta, temperature=0.8, max_completion_length=5)
+    return trl.DistillationTrainer(
+        model=str(folder),
+        teacher_model=teacher,
+        args=trl.DistillationConfig(**common(folder), **options, model_init_kwargs={"dtype": "float32"}),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=tokenizer,
+    )
+
+
+PATCHED_TRAINERS = {
+    "sft": (make_sft, "linear_selective_log_softmax"),
+    "dpo": (make_dpo, "linear_selective_log_softmax"),
+    "kto": (make_kto, "linear_selective_log_softmax"),
+    "rloo": (make_rloo, "linear_selective_log_softmax"),
+    "forward KL": (functools.partial(make_distillation, 0.0), "linear_distillation_loss"),
+    "JSD": (functools.partial(make_distillation, 0.3), "linear_distillation_loss"),
+    "reverse KL": (functools.partial(make_distillation, 1.0), "linear_distillation_loss"),
+}
+
+
+@pytest.mark.parametrize(("make", "op"), PATCHED_TRAINERS.values(), ids=PATCHED_TRAINERS)
+def test_patched_trainers(make: Any, op: str, folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = make(folder, tokenizer)
     theirs_train, calls = theirs.train, []
     monkeypatch.setattr(theirs, "train", lambda: (unpatch_trl(), theirs_train(), patch_trl()))
-    op = patch_trl.__globals__["linear_selective_log_softmax"]
+    real = patch_trl.__globals__[op]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs)
-        return op(*args, **kwargs)
+        return real(*args, **kwargs)
 
-    monkeypatch.setitem(patch_trl.__globals__, "linear_selective_log_softmax", counted)
+    monkeypatch.setitem(patch_trl.__globals__, op, counted)
     try:
         assert_same_runs(theirs, make(folder, tokenizer))
     finally:
@@ -411,14 +450,58 @@ def test_all_outputs_of_the_patched_function(patched: None) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_patched_divergence(beta: float, patched: None) -> None:
+    """Of models of different widths, with biases, scales and softcaps, which few architectures have."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((9, 8), (33, 8), (33,), (9, 6), (33, 6), (33,))
+    arguments = [torch.randn(shape, generator=g, requires_grad=True) for shape in shapes]
+    results = []
+    for function in (_THEIR_DIVERGENCE, distillation_trainer.ChunkedDivergenceFunction):
+        divergence, entropy = function.apply(*arguments, beta, 0.7, 1.3, 2.0, 0.8, 3.0)
+        assert not entropy.requires_grad
+        grads = torch.autograd.grad((divergence * torch.arange(9)).sum(), arguments[:3])
+        results.append([divergence, entropy, *grads])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_divergence_has_the_precision_of_autocast(patched: None) -> None:
+    g = torch.Generator().manual_seed(0)
+    arguments = [torch.randn(shape, generator=g) for shape in ((9, 8), (33, 8), (9, 6), (33, 6))]
+    hidden, weight, teacher_hidden, teacher_weight = arguments
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = (
+            function.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 0.5)
+            for function in (_THEIR_DIVERGENCE, distillation_trainer.ChunkedDivergenceFunction)
+        )
+    exact, _ = _THEIR_DIVERGENCE.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 0.5)
+    assert (theirs[0] - exact).abs().max() > 1e-4
+    for one, other in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+def patched_functions() -> tuple[Any, Any]:
+    return utils._ChunkedLogProbFunction, distillation_trainer.ChunkedDivergenceFunction
+
+
 def test_patching_is_idempotent_and_undone() -> None:
-    original = utils._ChunkedLogProbFunction
+    originals = patched_functions()
     for _ in range(2):
         patch_trl(impl="torch")
-    assert utils._ChunkedLogProbFunction is not original
+    assert not set(originals) & set(patched_functions())
     for _ in range(2):
         unpatch_trl()
-    assert utils._ChunkedLogProbFunction is original
+    assert patched_functions() == originals
+
+
+def test_a_refused_implementation_changes_nothing(folder: Path, tokenizer: Any) -> None:
+    originals = patched_functions()
+    with pytest.raises(ValueError, match="impl: got 'fastest', want None or one of cuda, triton, torch"):
+        patch_trl(impl="fastest")
+    with pytest.raises(ValueError, match="impl: got 'fastest', want None or one of cuda, triton, torch"):
+        make_trainer(functools.partial(FastGRPOTrainer, impl="fastest"), folder, tokenizer)
+    assert patched_functions() == originals
 
 
 def test_importing_grpo_fast_imports_no_other_library() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_fast.backend import check_impl
 from grpo_fast.config import CLIPPED_LOSSES, GRPOLossConfig
 from grpo_fast.integrations._versions import require
 from grpo_fast.ops._loss_batch import GRPOLossOutput
@@ -20,7 +20,6 @@ from grpo_fast.ops.linear_selective_log_softmax import linear_selective_log_soft
 
 require("trl", oldest="1.16", below="1.17")
 
-import trl.trainer.utils  # noqa: E402
 from accelerate.utils import is_peft_model  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
@@ -31,10 +30,10 @@ from grpo_fast.integrations._causal_lm import (  # noqa: E402
     check_head,
     head_of,
     run_backbone,
-    whole,
 )
+from grpo_fast.integrations._trl_functions import log_probs_by, patch_trl, unpatch_trl  # noqa: E402
 
-_THEIRS = trl.trainer.utils._ChunkedLogProbFunction
+__all__ = ["FastGRPOTrainer", "loss_config", "patch_trl", "unpatch_trl"]
 
 #: Loss types that divide by the number of tokens in the whole batch.
 _BY_ITEMS = ("dapo", "cispo", "vespo")
@@ -53,15 +52,16 @@ class FastGRPOTrainer(GRPOTrainer):
         impl: As in ``linear_grpo_loss``.
 
     Raises:
-        ValueError: For a vision-language model; for a head that is more than a ``torch.nn.Linear`` (an adapter or a
-            quantization of lm_head); for a combination that TRL passes over, such as ``delta`` with a loss type
-            that does not clip.
+        ValueError: For an ``impl`` that is no implementation's name; for a vision-language model; for a head that is
+            more than a ``torch.nn.Linear`` (an adapter or a quantization of lm_head); for a combination that TRL
+            passes over, such as ``delta`` with a loss type that does not clip.
     """
 
     entropy_coef: float
     _entropy_window_stats: Tensor | None
 
     def __init__(self, *args: Any, impl: str | None = None, **kwargs: Any) -> None:
+        check_impl(impl)
         super().__init__(*args, **kwargs)
         if self._is_vlm:
             raise ValueError("processing_class: got a processor, want a tokenizer (vision-language is not supported)")
@@ -72,7 +72,7 @@ class FastGRPOTrainer(GRPOTrainer):
         _accept_objective(model)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        with _log_probs_by(_LinearLogProbs(self._impl)):  # so that a ratio is 1 where nothing has changed
+        with log_probs_by(self._impl):  # so that a ratio is 1 where nothing has changed
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -251,86 +251,3 @@ def _accept_objective(model: PreTrainedModel) -> None:
         return objective(outputs.last_hidden_state, head_of(self)), aux_loss
 
     model.forward = types.MethodType(forward, model)
-
-
-# Every trainer of TRL with a fused head -------------------------------------------------------------------------
-
-
-def patch_trl(*, impl: str | None = None) -> None:
-    """Let every trainer of TRL that scores tokens without logits (GRPO, RLOO, DPO, KTO, SFT) do so by our kernels.
-
-    Log-probs and entropy come from ``linear_selective_log_softmax``. Whether a label is the most likely token, the
-    mean logit and the sum of squared probabilities, which SFT, DPO and KTO report as metrics, are still TRL's, at
-    the price of a matrix product. Trainers made before are patched too; patching again changes the option.
-
-    Args:
-        impl: As in ``linear_selective_log_softmax``.
-    """
-    trl.trainer.utils._ChunkedLogProbFunction = _LinearLogProbs(impl)
-
-
-def unpatch_trl() -> None:
-    """Give TRL its own function back; nothing, if it has it."""
-    trl.trainer.utils._ChunkedLogProbFunction = _THEIRS
-
-
-@contextmanager
-def _log_probs_by(function: _LinearLogProbs) -> Iterator[None]:
-    before = trl.trainer.utils._ChunkedLogProbFunction
-    trl.trainer.utils._ChunkedLogProbFunction = function
-    try:
-        yield
-    finally:
-        trl.trainer.utils._ChunkedLogProbFunction = before
-
-
-class _LinearLogProbs:
-    """Stands where TRL has its ``ChunkedLogProbFunction``, of which it only calls ``apply``."""
-
-    def __init__(self, impl: str | None) -> None:
-        self.impl = impl
-
-    def apply(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-    ) -> tuple[Tensor | None, ...]:
-        """(log-probs, entropy, log of the sum of squared probabilities, mean logit, is the target the most likely).
-
-        Of hidden (N, H), weight (V, H), bias (V,) and targets (N,); what ``outputs`` does not name is None.
-        """
-        found = linear_selective_log_softmax(
-            as_autocast(hidden),
-            as_autocast(whole(weight)),
-            targets,
-            bias=None if bias is None else whole(bias),
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=final_logit_softcapping,
-            return_entropy="entropy" in outputs,
-            impl=self.impl,
-        )
-        logps, entropy = found if isinstance(found, tuple) else (found, None)
-        theirs = tuple(name for name in outputs if name not in ("log_probs", "entropy"))
-        if not theirs:
-            return logps, entropy, None, None, None
-        with torch.no_grad():
-            _, _, *rest = _THEIRS.apply(
-                hidden,
-                weight,
-                bias,
-                targets,
-                temperature,
-                chunk_size,
-                final_logit_softcapping,
-                logit_scale,
-                theirs,
-            )
-        return logps, entropy, *rest
