@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -222,50 +223,77 @@ def test_what_vllm_and_tools_bring(
     assert max(g.abs().max() for g in grads) > 1e-3
 
 
-TWO_PROCESSES = """
-import json, sys, torch, trl
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from transformers import PreTrainedTokenizerFast
-from test_integration_trl import make_trainer
-from grpo_fast.integrations._trl_functions import _THEIR_DIVERGENCE  # noqa: E402
-from grpo_fast.integrations.trl import FastGRPOTrainer
-folder = Path(sys.argv[1])
-tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-results = []
-options = json.loads(sys.argv[2])
-for cls in (trl.GRPOTrainer, FastGRPOTrainer):
-    trainer = make_trainer(cls, folder, tokenizer, max_steps=4, **options)
-    trainer.train()
-    logs = [{{k: v for k, v in log.items() if "time" not in k and "second" not in k and "profiling" not in k}}
-            for log in trainer.state.log_history]
-    results.append((logs, [p.double().sum().item() for p in trainer.model.parameters()]))
-if trainer.accelerator.is_main_process:
-    assert trainer.accelerator.num_processes == 2
-    (folder / "ranks.json").write_text(json.dumps(results))
-"""
+# Several processes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(loss_type="dapo", top_entropy_quantile=0.5, entropy_coef=0.02),
-        dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=1e-3, epsilon_high=2e-3),
-    ],
-    ids=["tokens", "sequences"],
-)
-def test_two_processes(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
-    """Under DDP: normalizers, thresholds and metrics are of both ranks' tokens."""
-    script = tmp_path / "run.py"
-    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
+def run_ranks(task: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What the two ranks of trl_ranks.py find."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*launcher, str(script), str(folder), json.dumps(options)], check=True, timeout=300, capture_output=True
-    )
-    (logs, weights), (our_logs, our_weights) = json.loads((folder / "ranks.json").read_text())
-    for one, other in zip(logs, our_logs, strict=True):
-        assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
-    assert our_weights == pytest.approx(weights, rel=1e-4, abs=1e-4)
+    command = [*launcher, str(Path(__file__).parent / "trl_ranks.py"), task, str(folder), json.dumps(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, timeout=300, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((folder / "ranks.json").read_text())
+    return found
+
+
+ZERO_3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+}
+TIED = {"dtype": "float32", "tie_word_embeddings": True}
+RANKS = {
+    "DDP, tokens": dict(loss_type="dapo", top_entropy_quantile=0.5, entropy_coef=0.02),
+    "DDP, sequences": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=1e-3, epsilon_high=2e-3),
+    "ZeRO-3": dict(deepspeed=ZERO_3, top_entropy_quantile=0.5, beta=0.1),
+    "ZeRO-3, tied": dict(deepspeed=ZERO_3, model_init_kwargs=TIED),
+    "DDP, distillation": dict(distills=True),
+    "ZeRO-3, distillation": dict(distills=True, deepspeed=ZERO_3),
+}
+
+
+@pytest.mark.parametrize("options", RANKS.values(), ids=RANKS)
+def test_two_processes(options: dict[str, Any], folder: Path) -> None:
+    """Normalizers, thresholds and metrics are of both ranks' tokens, and the head is whole."""
+    if "deepspeed" in options:
+        pytest.importorskip("deepspeed", exc_type=ImportError)
+    found = run_ranks("train", folder, options)
+    logs, weights = found.pop("TRL")
+    for our_logs, our_weights in found.values():
+        for one, other in zip(logs, our_logs, strict=True):
+            assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
+        assert our_weights == pytest.approx(weights, rel=1e-4, abs=1e-4)
+
+
+SHARDS = {
+    "a head of its own": dict(tied=False, head_alone=False),
+    "a tied head": dict(tied=True, head_alone=False),
+    "a head in a group of its own": dict(tied=False, head_alone=True),
+}
+
+
+@pytest.fixture(scope="module")
+def shards(folder: Path) -> dict[str, Any]:
+    return run_ranks("shard", folder, SHARDS)
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_under_fsdp2(case: str, shards: dict[str, Any]) -> None:
+    """One micro-batch has the loss and the gradients of the model in one piece."""
+    loss, gradients = shards[case]["in one piece"]
+    for name in ("TRL", "ours", "patched"):
+        our_loss, our_gradients = shards[case][name]
+        assert our_loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
+        *rest, (head, our_head) = zip(map(torch.tensor, gradients), map(torch.tensor, our_gradients), strict=True)
+        for want, got in rest:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        if SHARDS[case]["head_alone"] and name != "ours":
+            # Where TRL gathers the head, each rank's gradient of it is of its own batch alone.
+            assert (our_head - head).norm() > 0.5 * head.norm()
+        else:
+            torch.testing.assert_close(our_head, head, rtol=1e-4, atol=1e-6)
 
 
 # What is refused -------------------------------------------------------------------------------------------------
@@ -341,11 +369,16 @@ def test_every_option_is_accounted_for() -> None:
         *("ref_model_sync_steps", "max_tool_calling_iterations", "log_completions", "log_multimodal"),
         *("num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
         *("use_transformers_continuous_batching", "transformers_continuous_batching_config"),
-        "use_transformers_paged",
+        *("use_transformers_paged", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url"),
+        *("vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+        *("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size"),
+        *("vllm_structured_outputs_regex", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+        *("vllm_importance_sampling_cap", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
     }
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     names = {field.name for field in dataclasses.fields(trl.GRPOConfig)} - inherited
-    assert {name for name in names if not name.startswith("vllm_")} == of_the_loss | of_trl
+    assert names == of_the_loss | of_trl
+    assert not of_the_loss & of_trl
 
 
 # The other trainers ----------------------------------------------------------------------------------------------
@@ -393,15 +426,15 @@ def make_kto(folder: Path, tokenizer: Any) -> Any:
     )
 
 
-def make_distillation(beta: float, folder: Path, tokenizer: Any) -> Any:
+def make_distillation(beta: float, folder: Path, tokenizer: Any, **options: Any) -> Any:
     """A teacher that is twice as wide."""
     torch.manual_seed(2)
     teacher = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 32}, **SPECIAL))
-    options = dict(beta=beta, temperature=0.8, max_completion_length=5)
+    args = dict(beta=beta, temperature=0.8, max_completion_length=5, model_init_kwargs={"dtype": "float32"})
     return trl.DistillationTrainer(
         model=str(folder),
         teacher_model=teacher,
-        args=trl.DistillationConfig(**common(folder), **options, model_init_kwargs={"dtype": "float32"}),
+        args=trl.DistillationConfig(**{**common(folder), **args, **options}),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,
     )
@@ -413,7 +446,7 @@ PATCHED_TRAINERS = {
     "kto": (make_kto, "linear_selective_log_softmax"),
     "rloo": (make_rloo, "linear_selective_log_softmax"),
     "forward KL": (functools.partial(make_distillation, 0.0), "linear_distillation_loss"),
-    "JSD": (functools.partial(make_distillation, 0.3), "linear_distillation_loss"),
+    "JSD": (functools.partial(make_distillation, 0.1), "linear_distillation_loss"),
     "reverse KL": (functools.partial(make_distillation, 1.0), "linear_distillation_loss"),
 }
 
