@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast import GRPOLossConfig, linear_grpo_loss
+from grpo_fast import GRPOLossConfig, linear_grpo_loss, linear_selective_log_softmax
 
 from .harness import DEVICE, Benchmark, Provider, Record, Task, Timer, attempt, run_task
 
@@ -23,48 +26,35 @@ RUNS = 3  # an update takes seconds
 GRAIN = 256  # tokens that the longest completion is known to
 LONGEST = 32768
 SEARCHED_ON_CPU = 2 * GRAIN
+RESERVED = 2 * 2**30  # bytes that CUDA itself, cuBLAS and the kernels take beside torch's allocator, and more
 NOTES = """\
-Models of Qwen2.5's shapes (transformers, bfloat16, random weights, tied embeddings, scaled dot product attention),
-AdamW with a learning rate of 0, 4 sequences with prompts of 128 tokens and without padding; TRL's default options and
-its own `_compute_loss`, against the same trainer with `FastGRPOTrainer`'s. "The rest" is the same update
-without a loss: forward and backward of the model below its head, and the optimizer. So the loss's share of a step is
-1 - 1 / x. Memory is beyond weights and optimizer. Activations are recomputed (`gradient_checkpointing`, TRL's
-default), but for the longest completion that fits: there they are kept, and the allocator may not have more than so
-many GiB, weights, gradients and optimizer included (or what a smaller GPU has); lengths are tried in steps of 256
-tokens, up to 32,768. Times are medians of three."""
+Models of Qwen2.5's shapes with random weights and tokens, and SmolLM2-135M with its own weights on a text (the source
+of torch.nn.functional); bfloat16, tied embeddings, scaled dot product attention. AdamW with a learning rate of 0,
+prompts of 128 tokens, no padding; TRL's default options and its own `_compute_loss`, against the same trainer with
+`FastGRPOTrainer`'s. "The rest" is the same update without a loss: forward and backward of the model below its head,
+and the optimizer; the loss's share is what a step takes beyond it. Memory is beyond weights and optimizer, gradients
+included. Activations are recomputed (`gradient_checkpointing`, TRL's default), but for the longest completion that
+fits: there they are kept, and the allocator may not have more than so many GiB, weights, gradients and optimizer
+included (or what a smaller GPU has, less 2 GiB for CUDA itself); lengths are tried in steps of 256 tokens, up to
+32,768. Times are medians of three."""
 
-#: Of Qwen2Config: what the two models differ in.
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+#: Of Qwen2Config: what the models of random weights differ in.
 SHAPES: dict[str, dict[str, int]] = {
-    "Qwen2.5-0.5B": dict(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-    ),
-    "Qwen2.5-1.5B": dict(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-    ),
-    "tiny": dict(
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    ),
+    name: dict(zip(_SIZES, sizes, strict=True), num_key_value_heads=2)
+    for name, sizes in {
+        "Qwen2.5-0.5B": (151936, 896, 4864, 24, 14),
+        "Qwen2.5-1.5B": (151936, 1536, 8960, 28, 12),
+        "tiny": (48, 16, 32, 1, 2),
+    }.items()
 }
+#: Models with weights of their own, by the name they are fetched under (``grpo-fast fetch``).
+FETCHED = {"SmolLM2-135M": "smollm2-135m"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """An update; with a cap, the search, from this length on, for the longest that fits into so many GiB."""
+    """An update; with a cap, the search for the longest completion that fits into so many GiB."""
 
     model: str = "Qwen2.5-0.5B"
     completion: int = 4096
@@ -73,61 +63,81 @@ class Case:
 
 
 def title(case: dict[str, Any]) -> str:
+    count = f"{case['sequences']} completion{'s' if case['sequences'] > 1 else ''}"
     if case["cap_gib"] is not None:
-        return f"{case['model']}, {case['sequences']} completions, {case['cap_gib']} GiB"
-    return f"{case['model']}, {case['sequences']} completions of {case['completion']:,} tokens"
+        return f"{case['model']}, {count}, {case['cap_gib']} GiB"
+    return f"{case['model']}, {count} of {case['completion']:,} tokens"
 
 
 BASE = Case()
 QUICK = (replace(BASE, completion=1024), BASE)
-FULL = tuple(
-    case
-    for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B")
-    for case in (
-        *(Case(name, completion) for completion in (1024, 4096, 16384)),
-        *(Case(name, GRAIN, cap_gib=cap) for cap in (24, 48, 80)),
-    )
+FULL = (
+    *(
+        Case(name, completion, sequences)
+        for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B")
+        for completion, sequences in ((1024, 4), (4096, 4), (16384, 1))
+    ),
+    *(Case("SmolLM2-135M", completion) for completion in (1024, 4096)),
+    *(Case(name, GRAIN, cap_gib=cap) for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B") for cap in (24, 48, 80)),
 )
 
 
 class Inputs:
-    """A model with its optimizer, both trainers over it, and a batch."""
+    """A model with its optimizer, whose state is there, both trainers over it, and a batch."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-
-        config = Qwen2Config(
-            **SHAPES[case.model], max_position_embeddings=2 * LONGEST, tie_word_embeddings=True, use_cache=False
-        )
         self.case, self.folder = case, folder
-        with torch.device(DEVICE):
-            self.model = Qwen2ForCausalLM(config)
-        self.model.to(torch.bfloat16 if DEVICE == "cuda" else torch.float32).train()
+        self.model, self.text = make_model(case.model)
+        self.model.train()
         if case.cap_gib is None:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, fused=DEVICE == "cuda")
         self.trainers: dict[str, Any] = {}
         self.batch = self.make_batch(case.completion)
+        self.update_without_loss()
+        if case.cap_gib is None:
+            logps = self.logps()
+            self.batch["old_per_token_logps"] = logps + 0.1 * torch.randn_like(logps)
 
     def make_batch(self, length: int) -> dict[str, Tensor]:
-        """What TRL's generation hands to the loss."""
-        shape = (self.case.sequences, length)
-        words = self.model.config.vocab_size
-        old = -torch.tensor(float(words)).log().item() + 0.1 * torch.randn(shape, device=DEVICE)
+        """What TRL's generation hands to the loss; the log-probs are of a policy that knows nothing."""
+        shape, words = (self.case.sequences, length), self.model.config.vocab_size
+        if self.text is None:
+            ids = torch.randint(0, words, (shape[0], PROMPT + length), device=DEVICE)
+        else:
+            starts = torch.arange(shape[0], device=DEVICE)[:, None] * (len(self.text) // shape[0])
+            ids = self.text[(starts + torch.arange(PROMPT + length, device=DEVICE)) % len(self.text)]
         return {
-            "prompt_ids": torch.randint(0, words, (shape[0], PROMPT), device=DEVICE),
+            "prompt_ids": ids[:, :PROMPT],
             "prompt_mask": torch.ones(shape[0], PROMPT, device=DEVICE, dtype=torch.long),
-            "completion_ids": torch.randint(0, words, shape, device=DEVICE),
+            "completion_ids": ids[:, PROMPT:],
             "completion_mask": torch.ones(shape, device=DEVICE, dtype=torch.long),
             "advantages": torch.randn(shape[0], device=DEVICE),
-            "old_per_token_logps": old,
+            "old_per_token_logps": torch.full(shape, -math.log(words), device=DEVICE),
             "num_items_in_batch": torch.tensor(shape[0] * length, device=DEVICE),
         }
+
+    def hidden(self) -> Tensor:
+        """The states that predict the completions' tokens."""
+        b = self.batch
+        ids, masks = (torch.cat([b[f"prompt_{x}"], b[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):  # as the trainers
+            states: Tensor = self.model.base_model(input_ids=ids, attention_mask=masks).last_hidden_state
+        return states[:, PROMPT - 1 : -1]
+
+    def logps(self) -> Tensor:
+        """The model's log-probs of the completions' tokens."""
+        head, ids = self.model.lm_head.weight, self.batch["completion_ids"]
+        with torch.no_grad():
+            found = linear_selective_log_softmax(self.hidden(), head, ids)
+        assert isinstance(found, Tensor)
+        return found
 
     def trainer(self, name: str) -> Any:
         """TRL's, or ours, made when it is first asked for. Each patches the model, so each has a view of its own."""
         if name not in self.trainers:
-            self.trainers[name] = make_trainer(name, _view(self.model), self.folder)
+            checkpointing = self.case.cap_gib is None
+            self.trainers[name] = make_trainer(name, _view(self.model), self.folder, checkpointing)
         return self.trainers[name]
 
     def update(self, name: str) -> Tensor:
@@ -139,10 +149,7 @@ class Inputs:
 
     def update_without_loss(self) -> Tensor:
         """The same, had the hidden states of the completions a gradient to begin with."""
-        b = self.batch
-        ids, masks = (torch.cat([b[f"prompt_{x}"], b[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-        hidden = self.model.base_model(input_ids=ids, attention_mask=masks).last_hidden_state
-        return self._finish(hidden[:, PROMPT - 1 : -1].mean())
+        return self._finish(self.hidden().mean())
 
     def _finish(self, loss: Tensor) -> Tensor:
         loss.backward()
@@ -153,11 +160,9 @@ class Inputs:
     def truth(self) -> float:
         """The loss in float64, from the model's hidden states."""
         b = self.batch
-        ids = torch.cat([b["prompt_ids"], b["completion_ids"]], 1)
         with torch.no_grad():
-            hidden = self.model.base_model(input_ids=ids).last_hidden_state[:, PROMPT - 1 : -1]
             return linear_grpo_loss(
-                hidden.double(),
+                self.hidden().double(),
                 self.model.lm_head.weight.double(),
                 b["completion_ids"],
                 advantages=b["advantages"],
@@ -167,6 +172,28 @@ class Inputs:
             ).loss.item()
 
 
+def make_model(name: str) -> tuple[Any, Tensor | None]:
+    """A model, and the tokens of a text if it has weights of its own.
+
+    Raises:
+        ValueError: Its weights are not fetched yet.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+    options = dict(dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32, attn_implementation="sdpa")
+    if name in FETCHED:
+        from grpo_fast.train.fetch import model_folder
+
+        folder = model_folder(FETCHED[name])
+        words = AutoTokenizer.from_pretrained(folder)(inspect.getsource(torch.nn.functional))["input_ids"]
+        return AutoModelForCausalLM.from_pretrained(folder, **options).to(DEVICE), torch.tensor(words, device=DEVICE)
+    config = Qwen2Config(
+        **SHAPES[name], max_position_embeddings=2 * LONGEST, tie_word_embeddings=True, use_cache=False
+    )
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(config, **options), None
+
+
 def _view(model: Any) -> Any:
     """The same modules and parameters behind another object, whose forward can be replaced by itself."""
     view = copy.copy(model)
@@ -174,7 +201,7 @@ def _view(model: Any) -> Any:
     return view
 
 
-def make_trainer(name: str, model: Any, folder: Path) -> Any:
+def make_trainer(name: str, model: Any, folder: Path, checkpointing: bool) -> Any:
     """A trainer with TRL's default options, whose data and rewards are not used."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -195,7 +222,7 @@ def make_trainer(name: str, model: Any, folder: Path) -> Any:
             report_to=[],
             use_cpu=DEVICE == "cpu",
             bf16=DEVICE == "cuda",
-            gradient_checkpointing=model.is_gradient_checkpointing,
+            gradient_checkpointing=checkpointing,
         ),
         train_dataset=Dataset.from_dict({"prompt": ["1"] * 8}),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
@@ -208,67 +235,97 @@ PROVIDERS = (
     Provider("grpo_fast", lambda x: x.update("grpo_fast"), ours=True),
     Provider("TRL", lambda x: x.update("TRL")),
 )
-UPDATE = Task("a policy update", "the rest", PROVIDERS, {"loss": 1e-3})
+UPDATE = Task("a policy update", "the rest", PROVIDERS, {"loss": 1e-2})
 FIT = "longest completion"
 
 
 def measure(timer: Timer, case: Case, takes_part: Callable[[Provider], bool]) -> list[Record]:
     torch.manual_seed(0)
+    gc.collect()  # trainers of the case before
+    before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
     with tempfile.TemporaryDirectory() as folder:
-        x = Inputs(case, Path(folder))
-        x.update_without_loss()  # from now on the optimizer's state is there
-        if case.cap_gib is not None:
-            return [_longest(x, provider) for provider in PROVIDERS if takes_part(provider)]
-        errors = None
-        if case.sequences * case.completion <= CHECKED_ROWS:
-            expected = x.truth()
 
-            def errors(loss: Any) -> dict[str, float]:
-                return {"loss": abs(loss.item() - expected)}
+        def prepare() -> Record:
+            x = Inputs(case, Path(folder))
+            checked = case.cap_gib is None and case.sequences * case.completion <= CHECKED_ROWS
+            return {"x": x, "expected": x.truth() if checked else None}
+
+        prepared = attempt(prepare)
+        if "skipped" in prepared:
+            task = UPDATE.name if case.cap_gib is None else FIT
+            return [_record(case, task, p) | prepared for p in PROVIDERS if takes_part(p)]
+        x, expected = prepared["x"], prepared["expected"]
+        if case.cap_gib is not None:
+            return [_longest(x, provider, before) for provider in PROVIDERS if takes_part(provider)]
+
+        def errors(loss: Any) -> dict[str, float]:
+            return {"loss": abs(loss.item() - expected)}
 
         few = Timer(min(timer.runs, RUNS), warmup=1, device=timer.device)
-        return run_task(few, case, UPDATE, x, ceiling=x.update_without_loss, takes_part=takes_part, errors=errors)
+        records = run_task(
+            few,
+            case,
+            UPDATE,
+            x,
+            ceiling=x.update_without_loss,
+            takes_part=takes_part,
+            errors=None if expected is None else errors,
+        )
+    for record in records:
+        if "ms" in record:
+            record["columns"] = {"loss's share": f"{max(0.0, 1 - record['ceiling_ms'] / record['ms']):.0%}"}
+    return records
+
+
+def _record(case: Case, task: str, provider: Provider) -> Record:
+    return {
+        "case": asdict(case),
+        "task": task,
+        "provider": provider.name,
+        "ours": provider.ours,
+        "ceiling": UPDATE.ceiling,
+    }
 
 
 # The longest completion -------------------------------------------------------------------------------------------
 
 
-def _longest(x: Inputs, provider: Provider) -> Record:
+def _longest(x: Inputs, provider: Provider, before: int = 0) -> Record:
     """By bisection; a length fits if an update does not run out of memory. 0: none does."""
-    record: Record = {"case": asdict(x.case), "task": FIT, "provider": provider.name, "ours": provider.ours}
 
     def fits(steps: int) -> bool:
-        x.batch = x.make_batch(steps * GRAIN)
         try:
+            x.batch = x.make_batch(steps * GRAIN)
             provider.run(x)
         except torch.OutOfMemoryError:
             return False
         finally:
             x.optimizer.zero_grad(set_to_none=True)
+            gc.collect()  # what ran out of memory may hold some in cycles
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
         return True
 
     def search() -> Record:
-        with capped(x.case.cap_gib):
+        with capped(x.case.cap_gib, before):
             low, high = 0, (LONGEST if DEVICE == "cuda" else SEARCHED_ON_CPU) // GRAIN
             while low < high:
                 middle = (low + high + 1) // 2
                 low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return {"tokens": low * GRAIN}
 
-    return record | {"ceiling": UPDATE.ceiling} | attempt(search)
+    return _record(x.case, FIT, provider) | attempt(search)
 
 
 @contextmanager
-def capped(gib: int | None) -> Iterator[None]:
-    """Let torch's allocator have no more than so many GiB, or, of a smaller GPU, what there is."""
+def capped(gib: int | None, before: int) -> Iterator[None]:
+    """Let torch's allocator have no more than so many GiB beside ``before`` bytes, or what a smaller GPU has."""
     if gib is None or DEVICE != "cuda":
         yield
         return
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+    torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 + before, total - RESERVED) / total)
     try:
         yield
     finally:

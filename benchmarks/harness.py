@@ -9,6 +9,7 @@ see the GPU at the same clock. What a provider did becomes a record, a dict of p
     provider   who did it, and whether it is "ours"  errors              against float64, by name
     ceiling    what the ceiling does                 wrong, skipped      why there is nothing to compare
     peak_bytes beyond what was there before          wall_ms             of a call from Python
+    columns    more cells of a table, by their heads
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def groups(records: Iterable[Record]) -> Iterable[tuple[dict[str, Any], str, lis
 def header(records: Sequence[Record]) -> list[str]:
     """Columns of a table over these records."""
     names = dict.fromkeys(name for r in records for name in r.get("errors", {}))
-    return ["", "ms", f"x {records[0]['ceiling']}", "MiB", *(f"{name} error" for name in names)]
+    own = dict.fromkeys(name for r in records for name in r.get("columns", {}))
+    return ["", "ms", f"x {records[0]['ceiling']}", "MiB", *own, *(f"{name} error" for name in names)]
 
 
 def row(record: Record, columns: Sequence[str]) -> list[str]:
@@ -66,17 +67,15 @@ def row(record: Record, columns: Sequence[str]) -> list[str]:
         return [record["provider"], record["skipped"], *[""] * (len(columns) - 2)]
     if "tokens" in record:
         return [record["provider"], f"{record['tokens']:,} tokens", *[""] * (len(columns) - 2)]
-    errors = record.get("errors", {})
+    rest = dict(record.get("columns", {}))
+    rest |= {f"{name} error": f"{value:.1e}" for name, value in record.get("errors", {}).items()}
     ratio = f"{record['ms'] / record['ceiling_ms']:.2f}" if "ceiling_ms" in record else ""
     return [
         record["provider"] + (" (wrong result)" if "wrong" in record else ""),
         f"{record['ms']:.3f}" if record["ms"] < 10 else f"{record['ms']:.1f}",
         ratio,
         f"{record['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in record else "",
-        *(
-            f"{errors[c.removesuffix(' error')]:.1e}" if c.removesuffix(" error") in errors else ""
-            for c in columns[4:]
-        ),
+        *(rest.get(name, "") for name in columns[4:]),
     ]
 
 

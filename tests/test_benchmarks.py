@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import string
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from grpo_fast.benchmarks import (
     bench_distillation,
@@ -223,6 +226,7 @@ def test_a_step_of_trl() -> None:
         assert "wrong" not in r, r
         assert r["errors"]["loss"] < 1e-6
         assert min(r["ms"], r["ceiling_ms"]) > 0
+        assert report.row(r, report.header(records))[4] == r["columns"]["loss's share"]
     searched = replace(case, cap_gib=1)
     longest = bench_trl_step.BENCHMARK.measure(timer, searched, lambda p: True)
     assert [r["tokens"] for r in longest] == [bench_trl_step.SEARCHED_ON_CPU] * 2
@@ -233,6 +237,48 @@ def test_a_step_of_trl() -> None:
     )
     (line,) = report.losses(bench_trl_step.BENCHMARK, longest)
     assert "TRL has 768 tokens, grpo_fast 512" in line
+
+
+def test_a_step_with_weights_that_are_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    monkeypatch.setenv("GRPO_FAST_CACHE", str(tmp_path))
+    case = bench_trl_step.Case("SmolLM2-135M", completion=12)
+    records = bench_trl_step.BENCHMARK.measure(Timer(runs=2, device="cpu"), case, lambda p: True)
+    assert [r["provider"] for r in records] == ["grpo_fast", "TRL"]
+    assert all(r["skipped"].endswith("not fetched yet; run: grpo-fast fetch smollm2-135m") for r in records)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_step_with_weights_that_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model in their place: its completions are of a text, and its policy's own."""
+    pytest.importorskip("trl")
+    monkeypatch.setenv("GRPO_FAST_CACHE", str(tmp_path))
+    folder = tmp_path / bench_trl_step.FETCHED["SmolLM2-135M"]
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *string.ascii_lowercase])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    config = transformers.LlamaConfig(**bench_trl_step.SHAPES["tiny"], tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    case = bench_trl_step.Case("SmolLM2-135M", completion=12, sequences=2)
+    x = bench_trl_step.Inputs(case, tmp_path / "run")
+    ids = x.batch["completion_ids"]
+    assert set(ids.unique().tolist()) <= set(words.values())
+    assert not torch.equal(ids[0], ids[1])
+    assert 0.01 < (x.logps() - x.batch["old_per_token_logps"]).std() < 0.3
+    for record in bench_trl_step.BENCHMARK.measure(Timer(runs=2, device="cpu"), case, lambda p: True):
+        assert record["errors"]["loss"] < 1e-6
+
+
+def test_a_step_that_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench_trl_step.Inputs, "update_without_loss", fails)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    case = bench_trl_step.Case("tiny", completion=12, cap_gib=1)
+    (record,) = bench_trl_step.BENCHMARK.measure(Timer(runs=2, device="cpu"), case, lambda p: p.ours)
+    assert (record["task"], record["skipped"]) == (bench_trl_step.FIT, "out of memory")
 
 
 def test_each_trainer_of_a_step_takes_its_own_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
