@@ -270,6 +270,21 @@ def test_a_step_with_weights_that_are_fetched(tmp_path: Path, monkeypatch: pytes
         assert record["errors"]["loss"] < 1e-6
 
 
+def test_the_allocator_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what was there before, and never at so much that CUDA itself has nothing left."""
+    total, fractions = 79 * 2**30, []
+    monkeypatch.setattr(bench_trl_step, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    for gib in (24, 80):
+        with bench_trl_step.capped(gib, before=2**30):
+            pass
+    with pytest.raises(KeyError), bench_trl_step.capped(48, before=0):
+        raise KeyError
+    assert fractions == pytest.approx([25 / 79, 1, 77 / 79, 1, 48 / 79, 1])
+
+
 def test_a_step_that_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: Any) -> None:
         raise torch.OutOfMemoryError

@@ -38,8 +38,7 @@ class Head(NamedTuple):
 def head_of(model: PreTrainedModel) -> Head:
     """The model's head with its parameters whole. To be called in the model's forward, where FSDP has them so."""
     linear = model.get_output_embeddings()
-    bias = None if linear.bias is None else whole(linear.bias)
-    return Head(whole(linear.weight), bias, *_logit_transform(model))
+    return Head(whole(linear.weight), whole_bias(linear.bias), *_logit_transform(model))
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -77,7 +76,9 @@ def check_head(model: PreTrainedModel) -> None:
     want = log_p.gather(-1, ids.to(log_p.device).unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
     tolerance = 1e-3 if logits.dtype == torch.float32 else 0.2  # the model's own logits are rounded, by 2^-9 of them
     if not all(torch.allclose(x.to(y), y, atol=tolerance) for x, y in zip(found, want, strict=True)):
-        raise ValueError(f"model: {name} has more than a scale and a softcap between its head and the logits")
+        raise ValueError(
+            f"model: {name} has more than a scale and a softcap between its head and the logits, want at most these"
+        )
 
 
 def run_backbone(model: PreTrainedModel, **inputs: Any) -> tuple[Any, Tensor | None]:
@@ -101,7 +102,10 @@ def _load_balancing_loss(model: PreTrainedModel, router_logits: Any, attention_m
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     sizes = [getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok")]
     if function is None or None in sizes:
-        raise ValueError(f"output_router_logits: the load-balancing loss of {type(model).__name__} is not known")
+        raise ValueError(
+            f"output_router_logits: the load-balancing loss of {type(model).__name__} is not known, want False, or a "
+            "model with num_experts, num_experts_per_tok and load_balancing_loss_func in its module"
+        )
     loss: Tensor = function(router_logits, *sizes, attention_mask)
     return loss
 
@@ -131,3 +135,8 @@ def whole(parameter: Any) -> Tensor:
     there = parameter.ds_status == ZeroParamStatus.AVAILABLE
     with nullcontext() if there else GatheredParameters([parameter]):
         return cast(Tensor, parameter.clone())  # the backward may need it, when the parameter is in shards again
+
+
+def whole_bias(bias: Any) -> Tensor | None:
+    """The same of a bias, which a head may be without."""
+    return None if bias is None else whole(bias)

@@ -11,7 +11,7 @@ import trl.trainer.utils as trl_utils
 from torch import Tensor
 
 from grpo_fast.backend import check_impl
-from grpo_fast.integrations._causal_lm import as_autocast, whole
+from grpo_fast.integrations._causal_lm import as_autocast, whole, whole_bias
 from grpo_fast.ops.linear_distillation_loss import linear_distillation_loss
 from grpo_fast.ops.linear_selective_log_softmax import linear_selective_log_softmax
 
@@ -27,6 +27,9 @@ def patch_trl(*, impl: str | None = None) -> None:
     the price of a matrix product. The divergence of ``DistillationTrainer`` comes from ``linear_distillation_loss``,
     and the student's entropy, which it reports, from one more product. Trainers made before are patched too; patching
     again changes the option.
+
+    What is around these functions stays TRL's. So, where FSDP2 has the head in a group of its own, each rank's
+    gradient of it is of its own batch alone, as in TRL 1.16; ``FastGRPOTrainer`` averages it over ranks.
 
     Args:
         impl: As in the ops. One that an op has no kernel for raises when a trainer calls that op.
@@ -82,7 +85,7 @@ class _LinearLogProbs:
             as_autocast(hidden),
             as_autocast(whole(weight)),
             targets,
-            bias=None if bias is None else whole(bias),
+            bias=whole_bias(bias),
             temperature=temperature,
             logit_scale=logit_scale,
             softcap=final_logit_softcapping,
@@ -134,7 +137,7 @@ class _LinearDivergence:
         Of hidden (N, student H) and (N, teacher H), weights (V, ...) and biases (V,).
         """
         hidden, weight = as_autocast(student_hidden), as_autocast(whole(student_weight))
-        bias = None if student_bias is None else whole(student_bias)
+        bias = whole_bias(student_bias)
         divergence = linear_distillation_loss(
             hidden,
             weight,
@@ -142,7 +145,7 @@ class _LinearDivergence:
             as_autocast(whole(teacher_weight)),
             beta=beta,
             student_bias=bias,
-            teacher_bias=None if teacher_bias is None else whole(teacher_bias),
+            teacher_bias=whole_bias(teacher_bias),
             reduction="none",
             temperature=temperature,
             student_logit_scale=student_logit_scale,

@@ -70,7 +70,7 @@ def actor_forward(
     if ring_attn_group is not None:
         raise ValueError("ring_attn_group: got one, want None (ring attention is not supported)")
     if return_entropy and not return_output:
-        raise ValueError("return_entropy: got True without return_output, which has it")
+        raise ValueError("return_entropy: got True without return_output, want both: the output has it")
     _patch_model(self)
     shape = sequences.shape
     counts = torch.ones_like(sequences)
@@ -145,7 +145,8 @@ def policy_loss_forward(
     log_ratio, weights, divergence, filtered = log_probs - old_log_probs, None, None, None
     if self.is_correction_level != "off":
         if rollout_log_probs is None:
-            raise ValueError(f"rollout_log_probs: got None with is_correction_level={self.is_correction_level!r}")
+            level = self.is_correction_level
+            raise ValueError(f"rollout_log_probs: got None with is_correction_level={level!r}, want (B, A)")
         if gspo:
             log_ratio = log_probs - rollout_log_probs
         else:

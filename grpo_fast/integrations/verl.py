@@ -170,7 +170,10 @@ def _aggregation(
         return False, rows, dp_size
     if mode == "seq-mean-token-sum-norm":
         return False, rows * (mask.size(-1) if loss_scale_factor is None else loss_scale_factor), dp_size
-    raise ValueError(f"loss_agg_mode: got {mode!r}, want one of verl's")
+    raise ValueError(
+        f"loss_agg_mode: got {mode!r}, want token-mean, token-sum, seq-mean-token-mean, seq-mean-token-sum or "
+        "seq-mean-token-sum-norm"
+    )
 
 
 # What stands where verl has its own ------------------------------------------------------------------------------
