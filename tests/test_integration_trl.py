@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -235,6 +236,13 @@ def test_what_vllm_and_tools_bring(
     for ours, theirs in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert max(g.abs().max() for g in grads) > 1e-3
+
+
+def test_the_example_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(Path(__file__).parents[1] / "examples/trl_grpo.py"), run_name="__main__")
+    (said,) = re.findall(r"mean reward: (\S+) in the first five steps, (\S+) in the last", capsys.readouterr().out)
+    first, last = map(float, said)
+    assert last > first + 0.1
 
 
 # Several processes ----------------------------------------------------------------------------------------------
