@@ -25,7 +25,7 @@ ALLOWED = {
     "kernels": {"kernels"},
     "ops": {"ops", "backend", "config", "reference", "kernels", "cuda", "cuda_linear", ""},
     "train": {"train", "ops", "backend", "version", "benchmarks", ""},
-    "integrations": {"integrations", "ops", "config"},
+    "integrations": {"integrations", "ops", "backend", "config"},
     "__init__": {"ops", "config", "version"},
 }
 
