@@ -59,8 +59,7 @@ QUICK = (
 )
 FULL = (
     BASE,
-    *(replace(BASE, rows=n) for n in (1024, 4096, 32768)),
-    replace(BASE, rows=131072, peers=False),
+    *(replace(BASE, rows=n) for n in (1024, 4096, 32768, 131072)),
     *(replace(BASE, hidden=h) for h in (896, 4096)),
     *(replace(BASE, vocabulary=v) for v in (49152, 128256)),
     *(replace(BASE, workspace_mib=m, peers=False) for m in (256, 512, 1024, 4096)),

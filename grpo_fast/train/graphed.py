@@ -22,6 +22,8 @@ _WIDTH = 32
 _KEPT = 4
 #: Steps between two looks at whether all completions have ended, for which the host waits.
 _LOOK = 16
+#: A graph reads all slots up to its end, filled or not; so there are so many of them at most, each for some steps.
+_GRAPHS = 8
 
 
 def next_token(log_p: Tensor, temperature: float, noise: Tensor) -> Tensor:
@@ -33,17 +35,17 @@ def next_token(log_p: Tensor, temperature: float, noise: Tensor) -> Tensor:
 
 
 class _Slots(Cache):
-    """Keys and values of all positions; a new one goes to the slot that a tensor names."""
+    """Keys and values of all positions; a new one goes to the slot that a tensor names, before ``end``."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], slot: Tensor) -> None:
         super().__init__(layers=[])
-        self.keys, self.values, self.slot = keys, values, slot
+        self.keys, self.values, self.slot, self.end = keys, values, slot, 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put those (B, heads, 1, dim) of a layer into the slot; returns all of its keys and values."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        """Put those (B, heads, 1, dim) of a layer into the slot; returns its keys and values up to the end."""
+        keys, values = (x[layer_idx][:, :, : self.end] for x in (self.keys, self.values))
         return keys.index_copy_(2, self.slot, key_states), values.index_copy_(2, self.slot, value_states)
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
@@ -84,8 +86,9 @@ class GraphedDecoder:
 
         self._cache = _Slots([room(x.keys) for x in cache.layers], [room(x.values) for x in cache.layers], self._slot)
         self._addresses = _addresses(policy)
-        self._graph = torch.cuda.CUDAGraph()
-        self._capture(policy)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._steps = max(_LOOK, -(-length // _GRAPHS))  # of a graph
+        self._graphs = [self._capture(policy, last) for last in range(self._steps, length + self._steps, self._steps)]
 
     def fits(self, policy: Policy) -> bool:
         """Whether the weights are where they were."""
@@ -113,7 +116,7 @@ class GraphedDecoder:
         for step in range(self.length):
             if self.temperature > 0:
                 self._noise.exponential_(generator=generator)
-            self._graph.replay()
+            self._graphs[step // self._steps].replay()
             if step % _LOOK == _LOOK - 1 and not self.alive.any():
                 break
         return int(self.kept.any(0).sum())
@@ -133,7 +136,7 @@ class GraphedDecoder:
         with policy.precision():
             out = policy.model.base_model(
                 input_ids=token[:, None],
-                attention_mask=self._mask,
+                attention_mask=self._mask[..., : self._cache.end],
                 position_ids=self._positions,
                 past_key_values=self._cache,
                 use_cache=True,
@@ -142,22 +145,22 @@ class GraphedDecoder:
         self._slot.add_(1)
         self._positions.add_(1)
 
-    def _capture(self, policy: Policy) -> None:
-        """Record a step; what the steps of the warm-up leave behind is overwritten by ``begin``."""
+    def _capture(self, policy: Policy, steps: int) -> torch.cuda.CUDAGraph:
+        """A step that is among the first ``steps``. What the warm-up leaves behind is overwritten by ``begin``."""
         for x in (self.ids, self._positions, self._hidden):
             x.zero_()
         self._mask.fill_(True)
         self.alive.fill_(True)
-        side = torch.cuda.Stream()
+        self._cache.end = min(self.width + steps, self._mask.size(-1))
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
-                self._slot.fill_(self.width)
-                self._step(policy)
-        torch.cuda.current_stream().wait_stream(side)
-        self._slot.fill_(self.width)
-        with torch.cuda.graph(self._graph):
+            self._slot.fill_(self.width)
             self._step(policy)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._step(policy)
+        return graph
 
 
 _DECODERS: weakref.WeakKeyDictionary[Any, OrderedDict[Any, GraphedDecoder]] = weakref.WeakKeyDictionary()
