@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("reasoning_gym")
 
-from grpo_fast import linear_selective_log_softmax
+from grpo_fast import group_advantages, linear_selective_log_softmax
 from grpo_fast.train import checkpoint, trainer
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.recorder import read_metrics
@@ -150,7 +150,7 @@ class Recording:
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(policy: Policy, loss_type: str) -> None:
     batch = draw(policy, group_size=4)
-    rewards = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    advantages = group_advantages(torch.randn(20, generator=torch.Generator().manual_seed(0)), group_size=4)
     options: dict[str, Any] = {
         "group_size": 4,
         "prompts": 5,
@@ -163,7 +163,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(policy: Policy, loss
     for micro_prompts in (5, 2):
         optimizer = Recording(policy.model)
         settings = Settings(**options, micro_prompts=micro_prompts)
-        losses.append(grpo_gradients(policy, batch, rewards, ref_logps, settings))
+        losses.append(grpo_gradients(policy, batch, advantages, ref_logps, settings))
         losses[-1]["grad_norm"] = optimizer_step(policy, optimizer, 1e9)  # type: ignore[arg-type]
         grads.append(optimizer.grads)
     assert max(g.abs().max() for g in grads[0]) > 1e-4
@@ -179,7 +179,7 @@ def test_an_update_raises_what_was_rewarded(policy: Policy) -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(5)
     settings = Settings(group_size=4, prompts=5, minibatches=1, beta=0.0)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.05)
-    grpo_gradients(policy, batch, rewards, None, settings)
+    grpo_gradients(policy, batch, group_advantages(rewards, group_size=4), None, settings)
     optimizer_step(policy, optimizer, 1.0)
     change = (reference_logps(policy, batch, settings) - batch.logps).sum(1)
     assert change[rewards == 1].mean() > 0.01

@@ -90,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         for f in fields(Settings):
             help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
             flag = f"--{f.name.replace('_', '-')}"
-            train.add_argument(flag, type=type(f.default), help=help, metavar=type(f.default).__name__.upper())
+            if isinstance(f.default, bool):
+                train.add_argument(flag, action="store_true", default=None, help=help)
+            else:
+                train.add_argument(flag, type=type(f.default), help=help, metavar=type(f.default).__name__.upper())
 
     r1 = commands.add_parser(
         "r1", help="R1 in miniature: RL, distillation, and what each is worth", description=_R1_HELP

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -17,8 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from grpo_fast.train import sharding
 from grpo_fast.train.fetch import GGUF, model_folder
 from grpo_fast.train.tasks import ALPHABET, Problem
+
+T = TypeVar("T")
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -50,6 +55,33 @@ class Policy:
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None)  # Granite divides its logits, Cohere multiplies them
         self.logit_scale: float = getattr(config, "logit_scale", None) or (1.0 / divisor if divisor else 1.0)
+        self._root: Any = None  # with the outline, of a sharded model
+        self._outline: Any = None
+
+    def shard(self) -> None:
+        """Spread weights, gradients and what an optimizer made later keeps over all ranks, which call it together.
+
+        Then passes that ranks make together run in ``inside``, and what each does by itself takes ``whole``.
+        """
+        self._outline = sharding.outline(self.model)
+        self._root = sharding.shard(self.model, self.device.type)
+
+    def inside(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns; while it runs, ``forward`` and ``head`` can be used though the model is sharded."""
+        if self._root is None:
+            return work()
+        found: T = self._root(work)
+        if not torch.is_grad_enabled():
+            self._root.reshard()  # a backward would
+        return found
+
+    def whole(self) -> Policy:
+        """The policy with all its weights on every rank: itself, or a copy if it is sharded. All ranks call it."""
+        if self._root is None:
+            return self
+        found = copy.copy(self)
+        found.model, found._root = sharding.whole_copy(self._outline, self.model), None
+        return found
 
     def prompt(self, problem: Problem) -> list[int]:
         """The token ids that ask for an answer: the compact form, or a chat with the question."""

@@ -9,11 +9,10 @@ from typing import Any
 from grpo_fast.train.evaluate import evaluate, mean_and_error
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.r1_presets import Preset
-from grpo_fast.train.rewards import combine, extract_answer
+from grpo_fast.train.rewards import combine, extract_answer, reward_functions
 from grpo_fast.train.rollout import sample
 from grpo_fast.train.settings import Settings
 from grpo_fast.train.tasks import Problem, Task
-from grpo_fast.train.trainer import reward_functions
 
 #: Test problems are drawn from this seed whatever the run's own is, so that runs are compared on the same ones. The
 #: problem itself decides about its split, so none of them is in the training of any run.

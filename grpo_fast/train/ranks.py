@@ -1,7 +1,4 @@
-"""The ranks of a run under torchrun: each takes its share of a batch; gradients, metrics and decisions are shared.
-
-Every rank holds the whole model, so a checkpoint is that of one process, and a run goes on with any number of them.
-"""
+"""The ranks of a run under torchrun: each takes its share of a batch; gradients, metrics and decisions are shared."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -57,9 +55,13 @@ class Ranks:
         return x
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add up gradients over the ranks, in one message."""
+        """Add up gradients over the ranks, in one message; of a sharded model FSDP2 has their mean already."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.count == 1 or not gradients:
+            return
+        if isinstance(gradients[0], DTensor):
+            for gradient in gradients:
+                gradient.mul_(self.count)
             return
         total = self.sum(torch.cat([g.reshape(-1) for g in gradients]))
         for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):

@@ -11,12 +11,14 @@ import importlib
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
+from grpo_fast.train.rollout import Rollout
+from grpo_fast.train.settings import Settings
 from grpo_fast.train.tasks import Problem, Task
 
 RewardFunction: TypeAlias = Callable[..., list[float | None]]
@@ -207,3 +209,30 @@ def combine(
     total = (stacked.nan_to_num(nan=0.0) * weights[:, None]).sum(0)
     total[stacked.isnan().all(0)] = math.nan
     return RewardBatch(total, per_function)
+
+
+def reward_functions(settings: Settings, task: Any) -> dict[str, tuple[RewardFunction, float]]:
+    """The reward functions of a run by name, each with its weight."""
+    functions: dict[str, tuple[RewardFunction, float]] = {
+        "accuracy": (accuracy_reward(task), 1.0),
+        "format": (format_reward, settings.format_weight),
+    }
+    if settings.overlong_buffer:
+        functions["overlong"] = (soft_overlong_reward(settings.max_new_tokens, settings.overlong_buffer), 1.0)
+    if settings.repetition_weight:
+        functions["repetition"] = (repetition_penalty_reward(4, -settings.repetition_weight), 1.0)
+    if settings.reward:
+        functions[settings.reward.rpartition(":")[2]] = (load_reward(settings.reward), 1.0)
+    return functions
+
+
+def columns(problems: Sequence[Problem], group_size: int, batch: Rollout) -> dict[str, list[Any]]:
+    """The columns that reward functions get, one value a completion, of which each problem has ``group_size``."""
+    each = [p for p in problems for _ in range(group_size)]
+    rows = zip(batch.completion_ids.cpu(), batch.completion_mask.cpu(), strict=True)
+    return {
+        "prompts": [p.question for p in each],
+        "answer": [p.answer for p in each],
+        "problem": each,
+        "completion_ids": [ids[kept].tolist() for ids, kept in rows],
+    }

@@ -35,6 +35,7 @@ class Settings:
     task_options: str = _setting("{}", "the task's own settings as JSON, such as '{\"max_terms\": 4}'")
     seed: int = _setting(0, "everything random follows from it and the step")
     device: str = _setting("auto", "'cpu', 'cuda', or 'auto': the GPU if there is one")
+    shard: bool = _setting(False, "under torchrun: spread the model over the ranks by FSDP2")
 
     cold_start_steps: int = _setting(600, "most supervised steps on worked traces before GRPO; 0 for none")
     cold_start_batch: int = _setting(64, "traces a supervised step")

@@ -62,7 +62,11 @@ def supervised_loss(policy: Policy, examples: Sequence[Example], ranks: Ranks = 
     """Mean cross entropy of the completions' tokens, prompts left out: this rank's part of it."""
     batch = Batch.of(policy, examples)
     count = ranks.sum((batch.labels != -100).sum())
-    return linear_cross_entropy(batch.states(policy), labels=batch.labels, num_items_in_batch=count, **policy.head)
+    return policy.inside(
+        lambda: linear_cross_entropy(
+            batch.states(policy), labels=batch.labels, num_items_in_batch=count, **policy.head
+        )
+    )
 
 
 def divergence_loss(student: Policy, teacher: Policy, examples: Sequence[Example], beta: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,21 +14,14 @@ from typing import Any, cast
 
 import torch
 
-from grpo_fast.train.checkpoint import find_checkpoint, load_weights, read_state, restore, save_checkpoint, write_json
+from grpo_fast import group_advantages
+from grpo_fast.train.checkpoint import find_checkpoint, read_state, restore, save_checkpoint, write_json
 from grpo_fast.train.evaluate import Evaluation, evaluate, rechecks
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.progress import progress, stop_flag
 from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.recorder import SUMMARY_FILE, Recorder, device_name, versions
-from grpo_fast.train.rewards import (
-    RewardFunction,
-    accuracy_reward,
-    combine,
-    format_reward,
-    load_reward,
-    repetition_penalty_reward,
-    soft_overlong_reward,
-)
+from grpo_fast.train.rewards import accuracy_reward, columns, combine, reward_functions
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import Settings, to_json
 from grpo_fast.train.supervised import supervised_loss, worked
@@ -80,21 +73,6 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, command: st
             run.recorder.close()
 
 
-def reward_functions(settings: Settings, task: Any) -> dict[str, tuple[RewardFunction, float]]:
-    """The reward functions of a run by name, each with its weight."""
-    functions: dict[str, tuple[RewardFunction, float]] = {
-        "accuracy": (accuracy_reward(task), 1.0),
-        "format": (format_reward, settings.format_weight),
-    }
-    if settings.overlong_buffer:
-        functions["overlong"] = (soft_overlong_reward(settings.max_new_tokens, settings.overlong_buffer), 1.0)
-    if settings.repetition_weight:
-        functions["repetition"] = (repetition_penalty_reward(4, -settings.repetition_weight), 1.0)
-    if settings.reward:
-        functions[settings.reward.rpartition(":")[2]] = (load_reward(settings.reward), 1.0)
-    return functions
-
-
 class Run:
     """A run's state, and its phases in order: ``cold_start``, ``begin_grpo``, ``grpo``, ``finish``.
 
@@ -102,16 +80,20 @@ class Run:
     """
 
     def __init__(self, settings: Settings, folder: Path, command: str = "", ranks: Ranks = ALONE) -> None:
-        if settings.prompts % (ranks.count * settings.minibatches) != 0:
-            of = f"minibatches = {settings.minibatches}, on each of {ranks.count} ranks"
-            raise ValueError(f"prompts: got {settings.prompts}, want a multiple of {of}")
-        if settings.scale_rewards == "batch" and ranks.count > 1:
+        completions = settings.prompts * settings.group_size // settings.minibatches
+        if completions % ranks.count:
             raise ValueError(
-                "scale_rewards: got 'batch' with several ranks, want 'group' or 'none': a rank has a part"
+                f"prompts: got {settings.prompts}, or {completions} completions in each of minibatches = "
+                f"{settings.minibatches}, want as many on each of {ranks.count} ranks"
+            )
+        if settings.cold_start_steps and settings.cold_start_batch < ranks.count:
+            raise ValueError(
+                f"cold_start_batch: got {settings.cold_start_batch}, want one trace at least on each of "
+                f"{ranks.count} ranks"
             )
         self.settings, self.folder, self.ranks = settings, folder, ranks
         self.task = settings.load_task()
-        self.policy = load_policy(settings.model, device=settings.device, seed=settings.seed)
+        self.policy = self._policy(settings.model)
         self.rewards = reward_functions(settings, self.task)
 
         state: dict[str, Any] = {"phase": COLD_START, "done": 0, "before": None, "seconds": {}, "command": command}
@@ -133,6 +115,12 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / SETTINGS_FILE, to_json(settings))
             self.recorder = Recorder(folder, last_step=self.done if self.phase == GRPO else -1)
+
+    def _policy(self, model: str) -> Policy:
+        policy = load_policy(model, device=self.settings.device, seed=self.settings.seed)
+        if self.settings.shard and self.ranks.count > 1:
+            policy.shard()
+        return policy
 
     def _optimizer(self, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -163,8 +151,7 @@ class Run:
 
     def begin_grpo(self) -> None:
         """Keep the model as it is: it is measured, and it is the reference of the KL term."""
-        if self.ranks.first:
-            self.policy.save(self.folder / COLD_START)
+        self.write_model(COLD_START)
         self.optimizer = self._optimizer(self.settings.lr)
         self.phase, self.done = GRPO, 0
         self.before = asdict(self.evaluate("test", self.settings.test_problems))
@@ -201,26 +188,32 @@ class Run:
             "command": self.command,
             "ranks": self.ranks.count,
         }
+        self.write_model("model")
         if self.ranks.first:
-            self.policy.save(self.folder / "model")
             write_json(self.folder / SUMMARY_FILE, summary)
         return summary
 
     # One step of GRPO ------------------------------------------------------------------------------------------
 
     def step(self, reference: Policy | None) -> dict[str, float]:
-        """One batch of B = prompts x group_size completions, at most T tokens each, and the updates on it.
+        """One batch of prompts x group_size completions, at most T tokens each, and the updates on it.
 
-        A rank samples the groups of its share of the prompts, so no group spans two of them.
+        A rank samples B of them, side by side in the order of the batch, so that a group may span two ranks.
         """
         s, started = self.settings, time.perf_counter()
         with self.timed("rollout"):
             first = s.cold_start_steps * s.cold_start_batch + self.done * s.prompts  # past those of the cold start
-            problems = self.ranks.share(self.task.problems("train", first, s.prompts))
-            batch = self.sample(problems, s.group_size)
+            # Ranks begin and end within a group at multiples of what a group and a rank's part have in common.
+            run = math.gcd(s.group_size, s.prompts * s.group_size // self.ranks.count)
+            of_runs = [p for p in self.task.problems("train", first, s.prompts) for _ in range(s.group_size // run)]
+            problems = self.ranks.share(of_runs)
+            batch = self.sample(problems, run)
         with self.timed("rewards"):
-            scores = combine(self.rewards, batch.texts, self.columns(problems, batch))
-            rewards = scores.total.to(self.policy.device)  # (B,)
+            scores = combine(self.rewards, batch.texts, columns(problems, run, batch))
+            every = group_advantages(
+                torch.cat(self.ranks.gather(scores.total)), group_size=s.group_size, scale=s.loss().scale_rewards
+            )
+            advantages = every.chunk(self.ranks.count)[self.ranks.rank].to(self.policy.device)  # (B,)
 
         warmup, decay = (self.done + 1) / max(s.warmup_steps, 1), max(0.1, 1 - self.done / s.steps)
         for group in self.optimizer.param_groups:
@@ -228,17 +221,17 @@ class Run:
         metrics: defaultdict[str, float] = defaultdict(float)
         with self.timed("loss"):
             ref_logps = None if reference is None else reference_logps(reference, batch, s)  # (B, T)
-        for rows in [*slices(rewards.numel(), rewards.numel() // s.minibatches)] * s.num_iterations:
+        for rows in [*slices(advantages.numel(), advantages.numel() // s.minibatches)] * s.num_iterations:
             with self.timed("loss"):
                 ref = None if ref_logps is None else ref_logps[rows]
-                update = grpo_gradients(self.policy, batch.part(rows), rewards[rows], ref, s, self.ranks)
+                update = grpo_gradients(self.policy, batch.part(rows), advantages[rows], ref, s, self.ranks)
             with self.timed("optimizer"):
                 update["grad_norm"] = optimizer_step(self.policy, self.optimizer, s.max_grad_norm)
             for name, value in update.items():
                 metrics[name] += value / (s.minibatches * s.num_iterations)
 
         own = {
-            "reward": rewards,
+            "reward": scores.total,
             "length": batch.completion_mask.sum(-1).float(),
             "truncated": batch.truncated.float(),
             "rechecks": torch.tensor([float(rechecks(text)) for text in batch.texts]),
@@ -250,6 +243,7 @@ class Run:
             "reward": scored.mean().item(),
             "reward_std": scored.std().item(),
             **{f"rewards/{name}/mean": of_all[name].nanmean().item() for name in scores.per_function},
+            "frac_reward_zero_std": (every.view(-1, s.group_size) == 0).all(-1).float().mean().item(),
             **metrics,
             "completions/mean_length": lengths.mean().item(),
             "completions/max_length": lengths.max().item(),
@@ -265,7 +259,7 @@ class Run:
         key = f"{self.settings.seed} {self.phase} {self.done}" + (f" {self.ranks.rank}" if self.ranks.rank else "")
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
         return sample(
-            self.policy,
+            self.policy.whole(),
             [self.policy.prompt(p) for p in problems],
             group_size=group_size,
             max_new_tokens=self.settings.max_new_tokens,
@@ -273,22 +267,10 @@ class Run:
             generator=torch.Generator(self.policy.device).manual_seed(seed),
         )
 
-    def columns(self, problems: list[Problem], batch: Rollout) -> dict[str, list[Any]]:
-        """The columns that reward functions get, one value a completion."""
-        each = [p for p in problems for _ in range(self.settings.group_size)]
-        rows = zip(batch.completion_ids.cpu(), batch.completion_mask.cpu(), strict=True)
-        return {
-            "prompts": [p.question for p in each],
-            "answer": [p.answer for p in each],
-            "problem": each,
-            "completion_ids": [ids[kept].tolist() for ids, kept in rows],
-        }
-
     def reference(self) -> Policy:
         """The model that GRPO began with, frozen."""
-        reference = copy.copy(self.policy)
-        reference.model = copy.deepcopy(self.policy.model).eval().requires_grad_(False)
-        load_weights(self.folder / COLD_START / "model.safetensors", reference.model)
+        reference = self._policy(str(self.folder / COLD_START))
+        reference.model.eval().requires_grad_(False)
         return reference
 
     # Measuring and saving --------------------------------------------------------------------------------------
@@ -305,8 +287,9 @@ class Run:
         """Accuracy of the model as it is: by the first rank, while the others wait."""
         s = self.settings
         with self.timed("evaluation"):
+            policy = self.policy.whole()
             found = self.ranks.first and evaluate(
-                self.policy,
+                policy,
                 self.task,
                 split,
                 problems=problems,
@@ -342,7 +325,7 @@ class Run:
             raise RunStopped
 
     def save(self) -> None:
-        """Write the checkpoint, which is the same for any number of ranks. All wait until it is there."""
+        """Write the checkpoint, which is the same for any number of ranks."""
         state = {
             "phase": self.phase,
             "done": self.done,
@@ -350,8 +333,13 @@ class Run:
             "seconds": dict(self.seconds),
             "command": self.command,
         }
+        save_checkpoint(self.folder, self.policy.model, self.optimizer, state, self.ranks)
+
+    def write_model(self, name: str) -> None:
+        """Write the model as it is, for transformers. All wait until it is there."""
+        policy = self.policy.whole()
         if self.ranks.first:
-            save_checkpoint(self.folder, self.policy.model, self.optimizer, state)
+            policy.save(self.folder / name)
         self.ranks.wait()
 
     @contextmanager
