@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo_fast import linear_grpo_loss
+from grpo_fast.train.sharding import Root, shard, whole
 
 from .harness import DEVICE, Benchmark, Provider, Record, Task, Timer, run_task
 from .ranks import merged
@@ -45,37 +46,28 @@ class Case:
     vocabulary: int = 151936
 
 
-class Policy(nn.Module):
-    """A model, whose ``forward`` is the loss of a batch."""
+def random_model(case: Case) -> Any:
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        from transformers import AutoModelForCausalLM, Qwen2Config
-
-        config = Qwen2Config(
-            vocab_size=case.vocabulary,
-            hidden_size=case.hidden,
-            intermediate_size=case.intermediate,
-            num_hidden_layers=case.layers,
-            num_attention_heads=case.heads,
-            num_key_value_heads=max(case.heads // 6, 1),
-            tie_word_embeddings=True,
-        )
-        torch.manual_seed(0)
-        with torch.device(DEVICE):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-    def forward(self, loss: Callable[..., Tensor], batch: dict[str, Any]) -> Tensor:
-        states = self.model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-        completion = batch["completion_ids"]
-        return loss(states[:, -completion.size(1) - 1 : -1], self.model.lm_head.weight, batch)
+    config = Qwen2Config(
+        vocab_size=case.vocabulary,
+        hidden_size=case.hidden,
+        intermediate_size=case.intermediate,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=max(case.heads // 6, 1),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 class Inputs:
     """A model, its optimizer, and the batches of all ranks, of which this rank's is ``batch``."""
 
     def __init__(self, case: Case) -> None:
-        self.policy = Policy(case)
+        self.root = Root(random_model(case))
         self.everyone = [self._random(case, rank) for rank in range(dist.get_world_size())]
         self.batch = self.everyone[dist.get_rank()]
         self.share = self.batch["completion_ids"].numel()  # tokens of a rank
@@ -83,13 +75,9 @@ class Inputs:
         alone = case.ranks == 1
         self.expected = self._truth([self.batch] if alone else self.everyone)
         if not alone:
-            from torch.distributed.fsdp import fully_shard
-
-            for layer in self.policy.model.model.layers:
-                fully_shard(layer)
-            fully_shard(self.policy)
+            self.root = shard(self.root.model, DEVICE)
         # At rate 0 the weights stay, so that each run does the same.
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0, fused=DEVICE == "cuda")
+        self.optimizer = torch.optim.AdamW(self.root.parameters(), lr=0.0, weight_decay=0.0, fused=DEVICE == "cuda")
 
     @staticmethod
     def _random(case: Case, rank: int) -> dict[str, Tensor]:
@@ -106,27 +94,37 @@ class Inputs:
 
     def _truth(self, batches: list[dict[str, Tensor]]) -> tuple[list[float], Tensor]:
         """The parts of the loss of each batch, and the norm's gradient; sets the old log-probs of each."""
-        self.policy.zero_grad()
+        self.root.zero_grad()
         losses = []
         for batch in batches:
             with torch.no_grad():
-                self.policy(_remember, batch)
-            loss = self.policy(lambda *x: _exact(*x) / (self.share * len(batches)), batch)
+                self.loss(_remember, batch)
+            loss = self.loss(lambda *x: _exact(*x) / (self.share * len(batches)), batch)
             loss.backward()
             losses.append(loss.item())
         gradient = self.norm_gradient().clone()
-        self.policy.zero_grad()
+        self.root.zero_grad()
         return losses, gradient
 
+    def loss(self, loss: Callable[..., Tensor], batch: dict[str, Any]) -> Tensor:
+        """The loss of a batch, in the ``forward`` of what owns the head."""
+        model, completion = self.root.model, batch["completion_ids"]
+
+        def work() -> Tensor:
+            states = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+            return loss(states[:, -completion.size(1) - 1 : -1], model.lm_head.weight, batch)
+
+        found: Tensor = self.root(work)
+        return found
+
     def norm_gradient(self) -> Tensor:
-        gradient = self.policy.model.model.norm.weight.grad
-        whole: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        return whole.double()
+        gradient = self.root.model.model.norm.weight.grad
+        return whole(gradient).double()
 
     def step(self, loss: Callable[..., Tensor]) -> Tensor:
         """A step with a loss that is a sum over this rank's tokens, over so many of all; returns its part."""
         self.optimizer.zero_grad()
-        value: Tensor = self.policy(loss, self.batch | {"items": self.share * self.ranks})
+        value: Tensor = self.loss(loss, self.batch | {"items": self.share * self.ranks})
         (value * self.ranks).backward()  # FSDP2 averages
         self.optimizer.step()
         return value.detach()

@@ -1,8 +1,9 @@
-"""Training under torchrun: ranks take the step of one process, and a run goes on with another number of them."""
+"""Training under torchrun: ranks make the run of one process, whole or sharded, and another number goes on with it."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,29 +14,44 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
-from grpo_fast.train import trainer
+from grpo_fast.train import checkpoint, trainer
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.ranks import ALONE, Ranks
+from grpo_fast.train.recorder import read_metrics
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import Settings
 from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import load_task
 from grpo_fast.train.trainer import RunStopped, train
-from grpo_fast.train.update import grpo_gradients, optimizer_step, reference_logps
+from grpo_fast.train.update import advantages_over_ranks, grpo_gradients, optimizer_step, reference_logps
 
-RANKS = 2
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "luspo", "cispo")
-RUN = Settings(
+
+
+def digits(completions: list[str], **_: Any) -> list[float]:
+    """A reward that even an untrained model gets some of, so that every step has something to learn from."""
+    return [sum(c.isdigit() for c in text) / 12 for text in completions]
+
+
+#: 12 completions a step, of which 2 ranks have 6 each and 4 have 3: groups of 4 that span ranks.
+RUN: dict[str, Any] = dict(
+    reward=f"{__name__}:digits",
     cold_start_steps=2,
     cold_start_batch=7,  # shares of 3 and 4
     cold_start_check=2,
     cold_start_until=2.0,
     steps=4,
-    prompts=8,
-    minibatches=2,
-    group_size=2,
-    max_new_tokens=12,
+    prompts=3,
+    minibatches=1,
+    num_iterations=2,
+    micro_prompts=1,
+    group_size=4,
+    scale_rewards="batch",
+    max_new_tokens=8,
     eval_every=2,
     eval_problems=3,
     eval_samples=2,
@@ -43,31 +59,48 @@ RUN = Settings(
     save_every=2,
     device="cpu",
 )
+WHOLE, SHARDED = Settings(**RUN), Settings(**RUN, shard=True)
 
 
 # What a rank does: modules' functions, which another process can import ------------------------------------------
 
 
-def as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    environment = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+def as_rank(rank: int, count: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    environment = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in {**environment, "MASTER_PORT": port}.items()})
     torch.set_num_threads(1)
     ranks = Ranks.join()
+    trainer.sample = sample_alike(ranks)
     try:
         work(ranks, *arguments)
     finally:
         ranks.leave()
 
 
-def on_ranks(work: Callable[..., None], *arguments: Any) -> None:
+def on_ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    mp.spawn(as_rank, (port, work, arguments), nprocs=RANKS)
+    multiprocessing.set_forkserver_preload([__name__])  # by one process without threads, which then forks the ranks
+    mp.start_processes(as_rank, (count, port, work, arguments), nprocs=count, start_method="forkserver")
+
+
+def sample_alike(ranks: Ranks) -> Callable[..., Rollout]:
+    """A ``sample`` that draws the same batch on any number of ranks, of which each takes its part."""
+
+    def sample_all(policy: Policy, prompts: list[list[int]], *, group_size: int, **options: Any) -> Rollout:
+        own = [prompt for prompt in prompts for _ in range(group_size)]
+        everyones = ranks.gather(own)
+        options["generator"] = torch.Generator().manual_seed(sum(sum(map(sum, part)) for part in everyones))
+        batch = sample(policy, [prompt for part in everyones for prompt in part], group_size=1, **options)
+        begin = sum(map(len, everyones[: ranks.rank]))
+        return batch.part(slice(begin, begin + len(own)))
+
+    return sample_all
 
 
 def batch_of(policy: Policy) -> tuple[Rollout, torch.Tensor]:
-    """Six groups of four, of different lengths."""
+    """Six groups of four, of different lengths; one completion cannot be scored."""
     problems = load_task("basic_arithmetic").problems("train", 0, 6)
     batch = sample(
         policy,
@@ -77,33 +110,58 @@ def batch_of(policy: Policy) -> tuple[Rollout, torch.Tensor]:
         temperature=2.0,
         generator=torch.Generator().manual_seed(0),
     )
-    return batch, torch.randn(24, generator=torch.Generator().manual_seed(0))
+    rewards = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    rewards[5] = torch.nan
+    return batch, rewards
 
 
-def update(ranks: Ranks, loss_type: str) -> dict[str, Any]:
+def update(ranks: Ranks, loss_type: str, shard: bool = False) -> dict[str, Any]:
     """Metrics of an update on this rank's share, and the model after it."""
     policy = load_policy("tiny", device="cpu", seed=3)
     batch, rewards = batch_of(policy)
     settings = Settings(
-        prompts=6, minibatches=1, micro_prompts=1, group_size=4, loss_type=loss_type, max_grad_norm=1e9, lr=1.0
+        prompts=6,
+        minibatches=1,
+        micro_prompts=1,
+        group_size=4,
+        loss_type=loss_type,
+        scale_rewards="batch" if loss_type == "dapo" else "group",
+        max_grad_norm=1e9,
+        lr=1.0,
     )
-    ref_logps = reference_logps(policy, batch, settings) - 0.1
-    groups = ranks.share(range(6))
-    rows = slice(4 * groups[0], 4 * groups[-1] + 4)
+    if shard:
+        policy.shard()
+    mine = ranks.share(range(24))
+    rows = slice(mine[0], mine[-1] + 1)
+    ref_logps = reference_logps(policy, batch.part(rows), settings) - 0.1
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
-    metrics = grpo_gradients(policy, batch.part(rows), rewards[rows], ref_logps[rows], settings, ranks)
+    advantages = advantages_over_ranks(rewards[rows], settings, ranks)
+    metrics = grpo_gradients(policy, batch.part(rows), advantages, ref_logps, settings, ranks)
     metrics["grad_norm"] = optimizer_step(policy, optimizer, settings.max_grad_norm)
-    return {"metrics": metrics, "model": {n: p.detach() for n, p in policy.model.named_parameters()}}
+    return {"metrics": metrics, "model": {n: p.detach() for n, p in policy.whole().model.named_parameters()}}
 
 
-def write_updates(ranks: Ranks, folder: Path) -> None:
-    found = {loss_type: update(ranks, loss_type) for loss_type in LOSS_TYPES}
+def write_updates(ranks: Ranks, folder: Path, shard: bool, loss_types: tuple[str, ...]) -> None:
+    found = {loss_type: update(ranks, loss_type, shard) for loss_type in loss_types}
     policy = load_policy("tiny", device="cpu", seed=3)
+    if shard:
+        policy.shard()
+        assert all(isinstance(p, DTensor) for p in policy.model.parameters())
     problems = load_task("chain_sum").problems("train", 0, 7)
     supervised_loss(policy, worked(ranks.share(problems)), ranks).backward()
     ranks.sum_gradients(policy.model.parameters())
-    found["supervised"] = {n: p.grad for n, p in policy.model.named_parameters()}
+    named = policy.model.named_parameters()
+    found["supervised"] = {n: p.grad.full_tensor() if shard else p.grad for n, p in named}
     torch.save(found, folder / f"{ranks.rank}.pt")
+
+
+def run(ranks: Ranks, folder: Path) -> None:
+    train(WHOLE, folder / "whole")
+    train(SHARDED, folder / "sharded")
+
+
+def resume(ranks: Ranks, folder: Path) -> None:
+    train(SHARDED, folder, resume=True)
 
 
 def run_until_stopped(ranks: Ranks, folder: Path) -> None:
@@ -112,64 +170,146 @@ def run_until_stopped(ranks: Ranks, folder: Path) -> None:
 
     def interrupt(*args: Any) -> Any:
         calls.append(args)
-        if ranks.rank == 1 and len(calls) == 3 * RUN.minibatches:
+        if ranks.rank == 1 and len(calls) == 3 * WHOLE.num_iterations:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
     trainer.grpo_gradients = interrupt  # type: ignore[assignment]
     try:
-        train(RUN, folder)
+        train(WHOLE, folder)
     except RunStopped:
         return
     raise AssertionError("the run was not stopped")
 
 
+def run_until_killed(ranks: Ranks, folder: Path) -> None:
+    """Until the first rank dies while it writes the checkpoint of the last step."""
+    original = checkpoint.write_json
+
+    def die(path: Path, value: Any) -> None:
+        if path.name == "state.json" and value["done"] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(path, value)
+
+    checkpoint.write_json = die
+    train(SHARDED, folder)
+
+
 def refuse(ranks: Ranks, folder: Path) -> None:
     for changes, message in (
-        ({"prompts": 6, "minibatches": 2}, "prompts: got 6, want a multiple of minibatches = 2, on each of 2 ranks"),
-        ({"scale_rewards": "batch"}, "scale_rewards: got 'batch' with several ranks"),
+        (
+            {"prompts": 3, "group_size": 3},
+            "prompts: got 3, or 9 completions in each of minibatches = 1",
+        ),
+        ({"cold_start_batch": 1}, "cold_start_batch: got 1, want one trace at least on each of 2 ranks"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(Settings(**{**vars(RUN), **changes}), folder / "refused")
+            train(Settings(**{**RUN, **changes}), folder / "refused")
         assert not (folder / "refused").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_take_the_step_of_one_process(tmp_path: Path) -> None:
-    on_ranks(write_updates, tmp_path)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "sample", sample_alike(ALONE))
+        train(WHOLE, folder)
+    return folder
+
+
+def assert_same_run(folder: Path, alone: Path) -> None:
+    """Losses, rewards and weights of two runs. Adam makes a step of what is rounding, so weights are held to lr."""
+    want, got = (read_metrics(f / "metrics.jsonl") for f in (alone, folder))
+    assert [row["step"] for row in got] == [row["step"] for row in want] == [0, 1, 2, 3, 4]
+    for row, other in zip(got, want, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in other.items():
+            if name != "step_time":
+                assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, row["step"])
+    assert any(row.get("loss", 0.0) != 0.0 for row in want)
+    for name in ("cold_start", "model"):
+        weights, others = (load_file(f / name / "model.safetensors") for f in (folder, alone))
+        for key, weight in others.items():
+            torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-5)
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
+@pytest.mark.parametrize(
+    ("count", "shard", "loss_types"),
+    [(2, False, LOSS_TYPES), (2, True, LOSS_TYPES), (4, True, ("dapo",))],
+)
+def test_ranks_take_the_step_of_one_process(
+    tmp_path: Path, count: int, shard: bool, loss_types: tuple[str, ...]
+) -> None:
+    on_ranks(count, write_updates, tmp_path, shard, loss_types)
+    each = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
     before = {n: p.detach() for n, p in load_policy("tiny", device="cpu", seed=3).model.named_parameters()}
-    for loss_type in LOSS_TYPES:
+    for loss_type in loss_types:
         alone = update(ALONE, loss_type)
         for name, value in alone["metrics"].items():
-            assert first[loss_type]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), (loss_type, name)
+            assert each[0][loss_type]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), (loss_type, name)
         for name in alone["model"]:
-            assert torch.equal(first[loss_type]["model"][name], second[loss_type]["model"][name])
-            step, steps = (after[name] - before[name] for after in (alone["model"], first[loss_type]["model"]))
+            assert all(torch.equal(each[0][loss_type]["model"][name], one[loss_type]["model"][name]) for one in each)
+            step, steps = (after[name] - before[name] for after in (alone["model"], each[0][loss_type]["model"]))
             torch.testing.assert_close(steps, step, rtol=1e-3, atol=1e-3 * step.abs().max().item() + 1e-9)
     policy = load_policy("tiny", device="cpu", seed=3)
     supervised_loss(policy, worked(load_task("chain_sum").problems("train", 0, 7))).backward()
     for name, parameter in policy.model.named_parameters():
-        torch.testing.assert_close(first["supervised"][name], parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(each[0]["supervised"][name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_stops_on_all_ranks_and_goes_on_with_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_make_the_run_of_one_process(tmp_path: Path, alone: Path, count: int) -> None:
+    on_ranks(count, run, tmp_path)
+    for name in ("whole", "sharded"):
+        assert_same_run(tmp_path / name, alone)
+
+
+def test_a_run_stops_on_all_ranks_and_goes_on_with_one(
+    tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
-    on_ranks(run_until_stopped, folder)
+    on_ranks(2, run_until_stopped, folder)
     state = json.loads((folder / "checkpoint" / "state.json").read_text())
     assert (state["phase"], state["done"]) == ("grpo", 3)
-    summary = train(RUN, folder, resume=True)
-    assert summary["ranks"] == 1
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert all(row["num_tokens"] <= 8 * 2 * 12 for row in rows[1:])
-    assert all(row["num_tokens"] > 8 * 2 for row in rows[1:])  # those of both ranks
+    monkeypatch.setattr(trainer, "sample", sample_alike(ALONE))
+    assert train(WHOLE, folder, resume=True)["ranks"] == 1
+    assert_same_run(folder, alone)
+
+
+def test_a_sharded_run_that_is_killed_while_it_saves_goes_on_alone(
+    tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(mp.ProcessExitedException):
+        on_ranks(2, run_until_killed, folder)
+    assert json.loads((folder / "checkpoint" / "state.json").read_text())["done"] == 2
+    monkeypatch.setattr(trainer, "sample", sample_alike(ALONE))
+    train(SHARDED, folder, resume=True)
+    assert_same_run(folder, alone)
+
+
+def test_a_run_of_one_process_goes_on_sharded(tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, original = tmp_path / "run", trainer.reference_logps
+
+    def interrupt(*args: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "sample", sample_alike(ALONE))
+    monkeypatch.setattr(trainer, "reference_logps", interrupt)
+    with pytest.raises(RunStopped):
+        train(WHOLE, folder)
+    on_ranks(2, resume, folder)
+    assert_same_run(folder, alone)
 
 
 def test_what_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
-    on_ranks(refuse, tmp_path)
+    on_ranks(2, refuse, tmp_path)
 
 
 def test_shares_cover_everything_in_order() -> None:

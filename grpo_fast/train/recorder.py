@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from grpo_fast.train.evaluate import rechecks
+from grpo_fast.train.ranks import Ranks
+from grpo_fast.train.rewards import RewardBatch
+from grpo_fast.train.rollout import Rollout
 from grpo_fast.version import __version__
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,3 +80,30 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def batch_metrics(
+    batch: Rollout, scores: RewardBatch, advantages: Tensor, group_size: int, ranks: Ranks
+) -> dict[str, float]:
+    """What a row of metrics says of the batch of all ranks, of which each passes its own completions."""
+    own = {
+        "reward": scores.total,
+        "advantage": advantages,
+        "length": batch.completion_mask.sum(-1).float(),
+        "truncated": batch.truncated.float(),
+        "rechecks": torch.tensor([float(rechecks(text)) for text in batch.texts]),
+    }
+    parts = ranks.gather({name: x.cpu() for name, x in (own | scores.per_function).items()})
+    of_all = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    scored, lengths = of_all["reward"][~of_all["reward"].isnan()], of_all["length"]
+    return {
+        "reward": scored.mean().item(),
+        "reward_std": scored.std().item(),
+        **{f"rewards/{name}/mean": of_all[name].nanmean().item() for name in scores.per_function},
+        "frac_reward_zero_std": (of_all["advantage"].view(-1, group_size) == 0).all(-1).float().mean().item(),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": of_all["truncated"].mean().item(),
+        "completions/rechecks": of_all["rechecks"].mean().item(),
+        "num_tokens": lengths.sum().item(),
+    }

@@ -23,9 +23,9 @@ T = TypeVar("T")
 class Root(nn.Module):
     """Holds a model, and runs in its own ``forward`` whatever it is called with."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, work: Callable[[], T]) -> T:
         """What ``work`` returns; FSDP2 finds the tensors to differentiate in tuples, lists and dictionaries."""
@@ -46,7 +46,6 @@ def shard(model: Any, device_type: str) -> Root:
     root = Root(model)
     for module in (*layers, root):
         fully_shard(module, mesh=mesh)
-    root(lambda: None)  # the first forward says which module is the root
     return root
 
 

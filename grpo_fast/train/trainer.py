@@ -14,19 +14,18 @@ from typing import Any, cast
 
 import torch
 
-from grpo_fast import group_advantages
 from grpo_fast.train.checkpoint import find_checkpoint, read_state, restore, save_checkpoint, write_json
-from grpo_fast.train.evaluate import Evaluation, evaluate, rechecks
+from grpo_fast.train.evaluate import Evaluation, evaluate
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.progress import progress, stop_flag
 from grpo_fast.train.ranks import ALONE, Ranks
-from grpo_fast.train.recorder import SUMMARY_FILE, Recorder, device_name, versions
+from grpo_fast.train.recorder import SUMMARY_FILE, Recorder, batch_metrics, device_name, versions
 from grpo_fast.train.rewards import accuracy_reward, columns, combine, reward_functions
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import Settings, to_json
 from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import Problem, Split
-from grpo_fast.train.update import grpo_gradients, optimizer_step, reference_logps, slices
+from grpo_fast.train.update import advantages_over_ranks, grpo_gradients, optimizer_step, reference_logps, slices
 
 SETTINGS_FILE = "settings.json"
 
@@ -210,10 +209,7 @@ class Run:
             batch = self.sample(problems, run)
         with self.timed("rewards"):
             scores = combine(self.rewards, batch.texts, columns(problems, run, batch))
-            every = group_advantages(
-                torch.cat(self.ranks.gather(scores.total)), group_size=s.group_size, scale=s.loss().scale_rewards
-            )
-            advantages = every.chunk(self.ranks.count)[self.ranks.rank].to(self.policy.device)  # (B,)
+            advantages = advantages_over_ranks(scores.total, s, self.ranks).to(self.policy.device)  # (B,)
 
         warmup, decay = (self.done + 1) / max(s.warmup_steps, 1), max(0.1, 1 - self.done / s.steps)
         for group in self.optimizer.param_groups:
@@ -230,26 +226,9 @@ class Run:
             for name, value in update.items():
                 metrics[name] += value / (s.minibatches * s.num_iterations)
 
-        own = {
-            "reward": scores.total,
-            "length": batch.completion_mask.sum(-1).float(),
-            "truncated": batch.truncated.float(),
-            "rechecks": torch.tensor([float(rechecks(text)) for text in batch.texts]),
-        }
-        parts = self.ranks.gather({name: x.cpu() for name, x in (own | scores.per_function).items()})
-        of_all = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        scored, lengths = of_all["reward"][~of_all["reward"].isnan()], of_all["length"]
         return {
-            "reward": scored.mean().item(),
-            "reward_std": scored.std().item(),
-            **{f"rewards/{name}/mean": of_all[name].nanmean().item() for name in scores.per_function},
-            "frac_reward_zero_std": (every.view(-1, s.group_size) == 0).all(-1).float().mean().item(),
+            **batch_metrics(batch, scores, advantages, s.group_size, self.ranks),
             **metrics,
-            "completions/mean_length": lengths.mean().item(),
-            "completions/max_length": lengths.max().item(),
-            "completions/clipped_ratio": of_all["truncated"].mean().item(),
-            "completions/rechecks": of_all["rechecks"].mean().item(),
-            "num_tokens": lengths.sum().item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "step_time": time.perf_counter() - started,
         }

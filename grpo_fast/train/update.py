@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from grpo_fast import GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
+from grpo_fast import GRPOLossOutput, group_advantages, linear_grpo_loss, linear_selective_log_softmax
 from grpo_fast.train.model import Policy
 from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.rollout import Rollout
@@ -18,6 +17,20 @@ from grpo_fast.train.sharding import whole
 
 #: The losses that divide by the tokens of the whole batch; the others are means over its sequences.
 _TOKEN_NORMALIZED = ("dapo", "cispo", "vespo")
+
+
+def advantages_over_ranks(rewards: Tensor, settings: Settings, ranks: Ranks = ALONE) -> Tensor:
+    """Advantages (B,) of this rank's completions, over groups, or a batch, that other ranks have a part of.
+
+    Args:
+        rewards: (B,), NaN where unscorable; B is the same on every rank, and their rewards after one another are
+            those of the batch.
+        settings: The run's.
+        ranks: All of them call this.
+    """
+    everyones = torch.cat(ranks.gather(rewards))
+    advantages = group_advantages(everyones, group_size=settings.group_size, scale=settings.loss().scale_rewards)
+    return advantages.chunk(ranks.count)[ranks.rank]
 
 
 def grpo_gradients(
@@ -33,31 +46,43 @@ def grpo_gradients(
     Args:
         policy: The model that learns; gets the gradients.
         batch: B completions, whose ``logps`` are the old ones of the ratio.
-        advantages: (B,), as ``group_advantages`` makes them of the rewards of all ranks.
+        advantages: (B,), of ``advantages_over_ranks``.
         ref_logps: (B, T) under the reference model, needed with ``settings.beta``.
         settings: The run's.
         ranks: Each has as many completions of its own, which are the batch together.
 
     Returns:
-        The loss's metrics as numbers (means over slices weighted by their rows), and ``loss``.
+        The loss's metrics over the batch as numbers, and ``loss``.
     """
     num_items = ranks.sum(batch.completion_mask.sum()) if settings.loss_type in _TOKEN_NORMALIZED else None
-    metrics: defaultdict[str, float] = defaultdict(float)
+    parts = []
     for rows in slices(advantages.numel(), settings.micro_prompts * settings.group_size):
-        ref = None if ref_logps is None else ref_logps[rows]
-        out = policy.inside(partial(_loss, policy, batch.part(rows), advantages[rows], ref, num_items, settings))
-        share = advantages[rows].numel() / (advantages.numel() * ranks.count)
+        micro, ref = batch.part(rows), None if ref_logps is None else ref_logps[rows]
+        out = policy.inside(partial(_loss, policy, micro, advantages[rows], ref, num_items, settings))
         # A loss divided by num_items is its part of the batch's already; a mean counts by its rows.
-        loss = out.loss * share if num_items is None else out.loss
+        count = advantages[rows].numel()
+        loss = out.loss if num_items is not None else out.loss * (count / (advantages.numel() * ranks.count))
         loss.backward()
-        metrics["loss"] += loss.item()
-        for name, value in out.metrics.items():
-            if name == "ratio/max":
-                metrics[name] = max(metrics[name], value.item())
-            elif name not in ("policy_loss", "num_active_tokens"):
-                metrics[name] += value.item() * share
+        parts.append({**{name: x.item() for name, x in out.metrics.items()}, "loss": loss.item(), "rows": count})
     ranks.sum_gradients(policy.model.parameters())
-    return _over_ranks(metrics, ranks)
+    return _of_batch([part for of_rank in ranks.gather(parts) for part in of_rank], settings)
+
+
+def _of_batch(parts: list[dict[str, float]], settings: Settings) -> dict[str, float]:
+    """The metrics of the batch in one piece, from those of its slices: sums, extremes, means by tokens or rows."""
+    tokens, rows = ([part.pop(name) for part in parts] for name in ("num_active_tokens", "rows"))
+    found = {}
+    for name in (name for name in parts[0] if name != "policy_loss"):
+        values = [part[name] for part in parts]
+        by_rows = settings.importance_sampling_level == "sequence" and name not in ("entropy", "kl")
+        if name == "loss":
+            found[name] = sum(values)
+        elif name.endswith(("min", "max")):
+            found[name] = (min if name.endswith("min") else max)(values)
+        else:
+            weights = rows if by_rows or name == "vespo/phi_seq_mean" else tokens
+            found[name] = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+    return found
 
 
 def _loss(
@@ -88,12 +113,6 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_no
     optimizer.step()
     optimizer.zero_grad()
     return whole(norm).item()
-
-
-def _over_ranks(metrics: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Each rank's part of the batch's metrics, put together."""
-    parts = ranks.gather(metrics)
-    return {name: (max if name == "ratio/max" else sum)(part[name] for part in parts) for name in metrics}
 
 
 @torch.no_grad()
