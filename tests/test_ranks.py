@@ -81,7 +81,8 @@ def on_ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    multiprocessing.set_forkserver_preload([__name__])  # by one process without threads, which then forks the ranks
+    # A server without threads imports what ranks need once, and forks them.
+    multiprocessing.set_forkserver_preload(["grpo_fast.train.trainer", "torch.utils.tensorboard"])
     mp.start_processes(as_rank, (count, port, work, arguments), nprocs=count, start_method="forkserver")
 
 
