@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -22,7 +23,8 @@ TINY_RUN = """--cold-start-steps 2 --cold-start-batch 4 --steps 2 --prompts 2 --
 
 def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert main(["train", "--out", str(out), *TINY_RUN]) == 0
+    assert main(["train", "--out", str(out), *TINY_RUN, "--shard"]) == 0  # over one rank
+    assert json.loads((out / "settings.json").read_text())["shard"]
     printed = capsys.readouterr().out
     assert "pass@1" in printed
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Training under torchrun: ranks make the run of one process, whole or sharded, and another number goes on with it."""
+"""Training under torchrun: ranks, the model whole or sharded, make the run of one process; others go on with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.recorder import read_metrics
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import Settings
+from grpo_fast.train.sharding import whole
 from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import load_task
 from grpo_fast.train.trainer import RunStopped, train
@@ -38,7 +41,7 @@ def digits(completions: list[str], **_: Any) -> list[float]:
 
 
 #: 12 completions a step, of which 2 ranks have 6 each and 4 have 3: groups of 4 that span ranks.
-RUN: dict[str, Any] = dict(
+RUN = Settings(
     reward=f"{__name__}:digits",
     cold_start_steps=2,
     cold_start_batch=7,  # shares of 3 and 4
@@ -59,15 +62,13 @@ RUN: dict[str, Any] = dict(
     save_every=2,
     device="cpu",
 )
-WHOLE, SHARDED = Settings(**RUN), Settings(**RUN, shard=True)
 
 
 # What a rank does: modules' functions, which another process can import ------------------------------------------
 
 
-def as_rank(rank: int, count: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    environment = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in {**environment, "MASTER_PORT": port}.items()})
+def as_rank(rank: int, environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
     ranks = Ranks.join()
     trainer.sample = sample_alike(ranks)
@@ -77,13 +78,16 @@ def as_rank(rank: int, count: int, port: int, work: Callable[..., None], argumen
         ranks.leave()
 
 
-def on_ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
+def on_ranks(count: int, work: Callable[..., None], *arguments: Any, gpus: bool = False) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
+    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     # A server without threads imports what ranks need once, and forks them.
     multiprocessing.set_forkserver_preload(["grpo_fast.train.trainer", "torch.utils.tensorboard"])
-    mp.start_processes(as_rank, (count, port, work, arguments), nprocs=count, start_method="forkserver")
+    mp.start_processes(as_rank, (environment, work, arguments), nprocs=count, start_method="forkserver")
 
 
 def sample_alike(ranks: Ranks) -> Callable[..., Rollout]:
@@ -92,7 +96,8 @@ def sample_alike(ranks: Ranks) -> Callable[..., Rollout]:
     def sample_all(policy: Policy, prompts: list[list[int]], *, group_size: int, **options: Any) -> Rollout:
         own = [prompt for prompt in prompts for _ in range(group_size)]
         everyones = ranks.gather(own)
-        options["generator"] = torch.Generator().manual_seed(sum(sum(map(sum, part)) for part in everyones))
+        seed = sum(sum(map(sum, part)) for part in everyones)
+        options["generator"] = torch.Generator(policy.device).manual_seed(seed)
         batch = sample(policy, [prompt for part in everyones for prompt in part], group_size=1, **options)
         begin = sum(map(len, everyones[: ranks.rank]))
         return batch.part(slice(begin, begin + len(own)))
@@ -116,9 +121,16 @@ def batch_of(policy: Policy) -> tuple[Rollout, torch.Tensor]:
     return batch, rewards
 
 
-def update(ranks: Ranks, loss_type: str, shard: bool = False) -> dict[str, Any]:
-    """Metrics of an update on this rank's share, and the model after it."""
+def new_policy(tied: bool = False) -> Policy:
     policy = load_policy("tiny", device="cpu", seed=3)
+    if tied:
+        policy.model.lm_head.weight = policy.model.model.embed_tokens.weight
+    return policy
+
+
+def update(ranks: Ranks, loss_type: str, tied: bool, shard: bool = False) -> dict[str, Any]:
+    """Metrics of an update on this rank's share, and the model after it."""
+    policy = new_policy(tied)
     batch, rewards = batch_of(policy)
     settings = Settings(
         prompts=6,
@@ -142,27 +154,40 @@ def update(ranks: Ranks, loss_type: str, shard: bool = False) -> dict[str, Any]:
     return {"metrics": metrics, "model": {n: p.detach() for n, p in policy.whole().model.named_parameters()}}
 
 
-def write_updates(ranks: Ranks, folder: Path, shard: bool, loss_types: tuple[str, ...]) -> None:
-    found = {loss_type: update(ranks, loss_type, shard) for loss_type in loss_types}
-    policy = load_policy("tiny", device="cpu", seed=3)
+def write_updates(ranks: Ranks, folder: Path, loss_types: tuple[str, ...], tied: bool, shard: bool) -> None:
+    found = {loss_type: update(ranks, loss_type, tied, shard) for loss_type in loss_types}
+    policy = new_policy()
     if shard:
         policy.shard()
         assert all(isinstance(p, DTensor) for p in policy.model.parameters())
     problems = load_task("chain_sum").problems("train", 0, 7)
     supervised_loss(policy, worked(ranks.share(problems)), ranks).backward()
     ranks.sum_gradients(policy.model.parameters())
-    named = policy.model.named_parameters()
-    found["supervised"] = {n: p.grad.full_tensor() if shard else p.grad for n, p in named}
+    found["supervised"] = {n: whole(p.grad) for n, p in policy.model.named_parameters() if p.grad is not None}
     torch.save(found, folder / f"{ranks.rank}.pt")
 
 
-def run(ranks: Ranks, folder: Path) -> None:
-    train(WHOLE, folder / "whole")
-    train(SHARDED, folder / "sharded")
+def sample_unlike(ranks: Ranks) -> None:
+    """Ranks that sample from a sharded model for as long as each likes draw from the model as it is."""
+    policy, prompts = new_policy(), [[10, 11, 12]]
+    options: dict[str, Any] = {"group_size": 3, "max_new_tokens": 2 + 5 * ranks.rank, "temperature": 1.0}
+    want = sample(policy, prompts, **options, generator=torch.Generator().manual_seed(ranks.rank))
+    policy.shard()
+    copy = policy.whole()
+    got = sample(copy, prompts, **options, generator=torch.Generator().manual_seed(ranks.rank))
+    assert torch.equal(got.completion_ids, want.completion_ids)
+    assert torch.equal(got.logps, want.logps)
+    left = weakref.ref(copy.model)
+    del copy
+    assert left() is None  # and with it the memory of the weights
+
+
+def run(ranks: Ranks, folder: Path, device: str, shard: bool) -> None:
+    train(replace(RUN, device=device, shard=shard), folder)
 
 
 def resume(ranks: Ranks, folder: Path) -> None:
-    train(SHARDED, folder, resume=True)
+    train(replace(RUN, shard=True), folder, resume=True)
 
 
 def run_until_stopped(ranks: Ranks, folder: Path) -> None:
@@ -171,13 +196,13 @@ def run_until_stopped(ranks: Ranks, folder: Path) -> None:
 
     def interrupt(*args: Any) -> Any:
         calls.append(args)
-        if ranks.rank == 1 and len(calls) == 3 * WHOLE.num_iterations:
+        if ranks.rank == 1 and len(calls) == 3 * RUN.num_iterations:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
     trainer.grpo_gradients = interrupt  # type: ignore[assignment]
     try:
-        train(WHOLE, folder)
+        train(RUN, folder)
     except RunStopped:
         return
     raise AssertionError("the run was not stopped")
@@ -193,7 +218,7 @@ def run_until_killed(ranks: Ranks, folder: Path) -> None:
         original(path, value)
 
     checkpoint.write_json = die
-    train(SHARDED, folder)
+    train(replace(RUN, shard=True), folder)
 
 
 def refuse(ranks: Ranks, folder: Path) -> None:
@@ -205,7 +230,7 @@ def refuse(ranks: Ranks, folder: Path) -> None:
         ({"cold_start_batch": 1}, "cold_start_batch: got 1, want one trace at least on each of 2 ranks"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(Settings(**{**RUN, **changes}), folder / "refused")
+            train(replace(RUN, **changes), folder / "refused")
         assert not (folder / "refused").exists()
 
 
@@ -218,7 +243,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "alone"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "sample", sample_alike(ALONE))
-        train(WHOLE, folder)
+        train(RUN, folder)
     return folder
 
 
@@ -240,34 +265,46 @@ def assert_same_run(folder: Path, alone: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "shard", "loss_types"),
-    [(2, False, LOSS_TYPES), (2, True, LOSS_TYPES), (4, True, ("dapo",))],
+    ("count", "loss_types", "tied", "shard"),
+    [(2, LOSS_TYPES, False, False), (2, LOSS_TYPES, False, True), (4, ("dapo",), True, True)],
 )
 def test_ranks_take_the_step_of_one_process(
-    tmp_path: Path, count: int, shard: bool, loss_types: tuple[str, ...]
+    tmp_path: Path, count: int, loss_types: tuple[str, ...], tied: bool, shard: bool
 ) -> None:
-    on_ranks(count, write_updates, tmp_path, shard, loss_types)
+    on_ranks(count, write_updates, tmp_path, loss_types, tied, shard)
     each = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
-    before = {n: p.detach() for n, p in load_policy("tiny", device="cpu", seed=3).model.named_parameters()}
+    before = dict(new_policy(tied).model.named_parameters())
     for loss_type in loss_types:
-        alone = update(ALONE, loss_type)
+        alone = update(ALONE, loss_type, tied)
         for name, value in alone["metrics"].items():
             assert each[0][loss_type]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), (loss_type, name)
         for name in alone["model"]:
             assert all(torch.equal(each[0][loss_type]["model"][name], one[loss_type]["model"][name]) for one in each)
-            step, steps = (after[name] - before[name] for after in (alone["model"], each[0][loss_type]["model"]))
+            step, steps = (
+                after[name] - before[name].detach() for after in (alone["model"], each[0][loss_type]["model"])
+            )
             torch.testing.assert_close(steps, step, rtol=1e-3, atol=1e-3 * step.abs().max().item() + 1e-9)
-    policy = load_policy("tiny", device="cpu", seed=3)
+    policy = new_policy()
     supervised_loss(policy, worked(load_task("chain_sum").problems("train", 0, 7))).backward()
     for name, parameter in policy.model.named_parameters():
         torch.testing.assert_close(each[0]["supervised"][name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_ranks_make_the_run_of_one_process(tmp_path: Path, alone: Path, count: int) -> None:
-    on_ranks(count, run, tmp_path)
-    for name in ("whole", "sharded"):
-        assert_same_run(tmp_path / name, alone)
+def test_ranks_sample_at_their_own_pace() -> None:
+    on_ranks(2, sample_unlike)
+
+
+@pytest.mark.parametrize(("count", "shard"), [(2, False), (2, True), (4, True)])
+def test_ranks_make_the_run_of_one_process(tmp_path: Path, alone: Path, count: int, shard: bool) -> None:
+    on_ranks(count, run, tmp_path / "run", "cpu", shard)
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_two_gpus_make_the_same_run_whole_and_sharded(tmp_path: Path) -> None:
+    for shard in (False, True):
+        on_ranks(2, run, tmp_path / str(shard), "cuda", shard, gpus=True)
+    assert_same_run(tmp_path / "True", tmp_path / "False")
 
 
 def test_a_run_stops_on_all_ranks_and_goes_on_with_one(
@@ -278,7 +315,7 @@ def test_a_run_stops_on_all_ranks_and_goes_on_with_one(
     state = json.loads((folder / "checkpoint" / "state.json").read_text())
     assert (state["phase"], state["done"]) == ("grpo", 3)
     monkeypatch.setattr(trainer, "sample", sample_alike(ALONE))
-    assert train(WHOLE, folder, resume=True)["ranks"] == 1
+    assert train(RUN, folder, resume=True)["ranks"] == 1
     assert_same_run(folder, alone)
 
 
@@ -290,7 +327,7 @@ def test_a_sharded_run_that_is_killed_while_it_saves_goes_on_alone(
         on_ranks(2, run_until_killed, folder)
     assert json.loads((folder / "checkpoint" / "state.json").read_text())["done"] == 2
     monkeypatch.setattr(trainer, "sample", sample_alike(ALONE))
-    train(SHARDED, folder, resume=True)
+    train(replace(RUN, shard=True), folder, resume=True)
     assert_same_run(folder, alone)
 
 
@@ -304,7 +341,7 @@ def test_a_run_of_one_process_goes_on_sharded(tmp_path: Path, alone: Path, monke
     monkeypatch.setattr(trainer, "sample", sample_alike(ALONE))
     monkeypatch.setattr(trainer, "reference_logps", interrupt)
     with pytest.raises(RunStopped):
-        train(WHOLE, folder)
+        train(RUN, folder)
     on_ranks(2, resume, folder)
     assert_same_run(folder, alone)
 
