@@ -18,10 +18,10 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_fast.train import checkpoint, trainer
-from grpo_fast.train.model import Policy, load_policy
+from grpo_fast.train.model import Policy, character_tokenizer, load_policy
 from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.recorder import read_metrics
 from grpo_fast.train.rollout import Rollout, sample
@@ -182,8 +182,8 @@ def sample_unlike(ranks: Ranks) -> None:
     assert left() is None  # and with it the memory of the weights
 
 
-def run(ranks: Ranks, folder: Path, device: str, shard: bool) -> None:
-    train(replace(RUN, device=device, shard=shard), folder)
+def run(ranks: Ranks, folder: Path, device: str, shard: bool, model: str = "tiny") -> None:
+    train(replace(RUN, device=device, shard=shard, model=model), folder)
 
 
 def resume(ranks: Ranks, folder: Path) -> None:
@@ -237,6 +237,24 @@ def refuse(ranks: Ranks, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def pretrained(folder: Path) -> str:
+    """A model with a tied head that the loop does not know, and on a GPU computes in bfloat16."""
+    tokenizer = character_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
@@ -247,20 +265,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same_run(folder: Path, alone: Path) -> None:
-    """Losses, rewards and weights of two runs. Adam makes a step of what is rounding, so weights are held to lr."""
+def assert_same_run(folder: Path, alone: Path, near: float = 1e-4) -> None:
+    """Metrics and weights of two runs; each weight as a whole, for Adam makes a step of what is rounding alone."""
     want, got = (read_metrics(f / "metrics.jsonl") for f in (alone, folder))
     assert [row["step"] for row in got] == [row["step"] for row in want] == [0, 1, 2, 3, 4]
     for row, other in zip(got, want, strict=True):
         assert row.keys() == other.keys()
         for name, value in other.items():
             if name != "step_time":
-                assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, row["step"])
+                assert row[name] == pytest.approx(value, rel=10 * near, abs=near / 10), (name, row["step"])
     assert any(row.get("loss", 0.0) != 0.0 for row in want)
     for name in ("cold_start", "model"):
         weights, others = (load_file(f / name / "model.safetensors") for f in (folder, alone))
-        for key, weight in others.items():
-            torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-5)
+        assert weights.keys() == others.keys()
+        assert all((weights[key] - w).norm() <= near * w.norm() for key, w in others.items())
     AutoModelForCausalLM.from_pretrained(folder / "model")
 
 
@@ -301,10 +319,12 @@ def test_ranks_make_the_run_of_one_process(tmp_path: Path, alone: Path, count: i
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
-def test_two_gpus_make_the_same_run_whole_and_sharded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("near", [1e-4, 1e-3], ids=["float32", "autocast"])
+def test_two_gpus_make_the_same_run_whole_and_sharded(tmp_path: Path, near: float) -> None:
+    model = "tiny" if near == 1e-4 else pretrained(tmp_path / "pretrained")
     for shard in (False, True):
-        on_ranks(2, run, tmp_path / str(shard), "cuda", shard, gpus=True)
-    assert_same_run(tmp_path / "True", tmp_path / "False")
+        on_ranks(2, run, tmp_path / str(shard), "cuda", shard, model, gpus=True)
+    assert_same_run(tmp_path / "True", tmp_path / "False", near)
 
 
 def test_a_run_stops_on_all_ranks_and_goes_on_with_one(

@@ -16,7 +16,9 @@ pytest.importorskip("reasoning_gym")
 from grpo_fast import group_advantages, linear_selective_log_softmax
 from grpo_fast.train import checkpoint, trainer
 from grpo_fast.train.model import Policy, load_policy
-from grpo_fast.train.recorder import read_metrics
+from grpo_fast.train.ranks import ALONE
+from grpo_fast.train.recorder import batch_metrics, read_metrics
+from grpo_fast.train.rewards import RewardBatch
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.settings import PRESETS, Settings, load_settings
 from grpo_fast.train.supervised import supervised_loss, worked
@@ -172,6 +174,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(policy: Policy, loss
     for name, value in losses[0].items():
         # Advantages cancel in the loss, which is far smaller than what is summed.
         assert losses[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_a_row_counts_the_groups_that_teach_nothing(policy: Policy) -> None:
+    rewards = torch.tensor([1.0] * 3 + [0.0] + [1.0] * 16)
+    advantages = group_advantages(rewards, group_size=4)
+    scores = RewardBatch(rewards, {"digits": rewards})
+    row = batch_metrics(draw(policy, group_size=4), scores, advantages, 4, ALONE)
+    assert row["frac_reward_zero_std"] == pytest.approx(4 / 5)
+    assert row["reward"] == row["rewards/digits/mean"] == pytest.approx(19 / 20)
 
 
 def test_an_update_raises_what_was_rewarded(policy: Policy) -> None:
