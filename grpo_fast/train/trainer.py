@@ -197,18 +197,18 @@ class Run:
     def step(self, reference: Policy | None) -> dict[str, float]:
         """One batch of prompts x group_size completions, at most T tokens each, and the updates on it.
 
-        A rank samples B of them, side by side in the order of the batch, so that a group may span two ranks.
+        A rank has B of them, side by side in the batch.
         """
         s, started = self.settings, time.perf_counter()
         with self.timed("rollout"):
             first = s.cold_start_steps * s.cold_start_batch + self.done * s.prompts  # past those of the cold start
-            # Ranks begin and end within a group at multiples of what a group and a rank's part have in common.
-            run = math.gcd(s.group_size, s.prompts * s.group_size // self.ranks.count)
-            of_runs = [p for p in self.task.problems("train", first, s.prompts) for _ in range(s.group_size // run)]
-            problems = self.ranks.share(of_runs)
-            batch = self.sample(problems, run)
+            # A group may span ranks, which then have so many of its completions, or a multiple.
+            size = math.gcd(s.group_size, s.prompts * s.group_size // self.ranks.count)
+            every = [p for p in self.task.problems("train", first, s.prompts) for _ in range(s.group_size // size)]
+            problems = self.ranks.share(every)
+            batch = self.sample(problems, size)
         with self.timed("rewards"):
-            scores = combine(self.rewards, batch.texts, columns(problems, run, batch))
+            scores = combine(self.rewards, batch.texts, columns(problems, size, batch))
             advantages = advantages_over_ranks(scores.total, s, self.ranks).to(self.policy.device)  # (B,)
 
         warmup, decay = (self.done + 1) / max(s.warmup_steps, 1), max(0.1, 1 - self.done / s.steps)
