@@ -1,7 +1,7 @@
 """The ops over shards of the vocabulary, and over shares of a batch: equal to one process with everything.
 
 Each world of processes is started once and runs all of its cases; a test is the verdict of its ranks on one case.
-Without a GPU for every rank they share one, or the CPU, over gloo.
+The ranks have a GPU each, over NCCL, or, where there is none, the CPU, over gloo.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ PRECISIONS = {
     **{f"{k}-bfloat16": (k, torch.bfloat16, 1e-5, 1.2e-2) for k in KERNELS},
 }
 Precision = tuple[str, torch.dtype, float, float]
+GPUS = torch.cuda.device_count()
 
 
 class World:
@@ -628,11 +629,10 @@ def cases(size: int) -> dict[str, Case]:
 def as_rank(rank: int, size: int, port: int, folder: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
-    gpus = torch.cuda.device_count()
-    device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
-    if gpus:
+    device = torch.device("cuda", rank) if GPUS else torch.device("cpu")
+    if GPUS:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpus >= size else "gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("nccl" if GPUS else "gloo", timeout=timedelta(seconds=60))
     world, verdicts = World(rank, size, device), {}
     for name, case in cases(size).items():
         try:
@@ -664,7 +664,13 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[s
     return of
 
 
-@pytest.mark.parametrize(("size", "case"), [(size, case) for size in BOUNDS for case in cases(size)])
+def of_worlds() -> Iterator[Any]:
+    for size in BOUNDS:
+        short = pytest.mark.skipif(0 < GPUS < size, reason=f"needs {size} GPUs, or a machine without any")
+        yield from (pytest.param(size, case, marks=short) for case in cases(size))
+
+
+@pytest.mark.parametrize(("size", "case"), of_worlds())
 def test_ranks_agree_with_one_process(size: int, case: str, verdicts: Callable[[int], dict[str, str]]) -> None:
     error = verdicts(size).get(case)
     assert error is None, error
