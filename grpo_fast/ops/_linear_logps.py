@@ -41,7 +41,7 @@ def linear_logps(
     """
     if group is not None:
         trained = hidden.requires_grad and torch.is_grad_enabled()
-        index = shard_index(index, weight.size(0), weight.size(1), trained, may_wait(allow_sync, hidden), group)
+        index = shard_index(index, weight.size(0), weight.size(1), trained, allow_sync, group)
     if impl == "torch":
         options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
         if group is not None:

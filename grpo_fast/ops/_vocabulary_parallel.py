@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_fast.ops._rows import may_wait
 from grpo_fast.reference import CHUNK_ELEMENTS, accumulation_dtype, map_rows, project, scaled_logits
 
 #: The column of an id that no rank has.
@@ -74,12 +75,14 @@ def resolve(group: str) -> dist.ProcessGroup:
 
 
 @torch.library.custom_op("grpo_fast::shard_index", mutates_args=())
-def shard_index(index: Tensor, size: int, features: int, hidden_gradient: bool, wait: bool, group: str) -> Tensor:
+def shard_index(
+    index: Tensor, size: int, features: int, hidden_gradient: bool, allow_sync: bool, group: str
+) -> Tensor:
     """Ids ``index`` of the whole vocabulary as columns of this rank's shard of ``size`` tokens.
 
     An id that another rank has is negative or at least ``size``, one that none has is ``OUTSIDE``. Ranks that
     disagree on what has to be equal would wait for each other for ever, or add up what does not belong together; if
-    the host may ``wait`` for the sizes anyway, all of them raise instead.
+    the host may wait for the sizes anyway, all of them raise instead.
     """
     ids = index.reshape(-1).long()
     places = torch.arange(1, ids.numel() + 1, device=ids.device)
@@ -89,7 +92,7 @@ def shard_index(index: Tensor, size: int, features: int, hidden_gradient: bool, 
     every = [torch.empty_like(mine) for _ in range(ranks.size())]
     dist.all_gather(every, mine, group=ranks)
     table = torch.stack(every)
-    if wait:
+    if may_wait(allow_sync, index):
         _check_agreement(table.tolist())
     local = index.long() - table[: ranks.rank(), 0].sum()
     return torch.where((index >= 0) & (index < table[:, 0].sum()), local, OUTSIDE)

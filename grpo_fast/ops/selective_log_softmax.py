@@ -11,7 +11,6 @@ from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
 from grpo_fast.ops._library import gradient_buffer
 from grpo_fast.ops._row_kernels import row_kernels
-from grpo_fast.ops._rows import may_wait
 from grpo_fast.ops._vocabulary_parallel import (
     local_shards,
     merge_rows,
@@ -98,7 +97,7 @@ def logps_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(logps, entropy) by ``impl``, over arguments that are checked; the entropy may be empty unless asked for."""
     if group is not None:
-        index = shard_index(index, logits.size(-1), 0, False, may_wait(True, logits), group)
+        index = shard_index(index, logits.size(-1), 0, False, True, group)
     if impl == "torch":
         options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
         if group is not None:

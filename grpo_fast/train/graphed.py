@@ -45,8 +45,12 @@ class _Slots(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Put those (B, heads, 1, dim) of a layer into the slot; returns its keys and values up to the end."""
-        keys, values = (x[layer_idx][:, :, : self.end] for x in (self.keys, self.values))
-        return keys.index_copy_(2, self.slot, key_states), values.index_copy_(2, self.slot, value_states)
+        held = (x[layer_idx][:, :, : self.end] for x in (self.keys, self.values))
+        keys, values = (
+            x.index_copy_(2, self.slot, new.to(x.dtype))
+            for x, new in zip(held, (key_states, value_states), strict=True)
+        )
+        return keys, values
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """What models ask for to number positions, which they are given here."""
@@ -82,7 +86,8 @@ class GraphedDecoder:
         self._slot = torch.empty(1, dtype=torch.int64, device=device)
 
         def room(x: Tensor) -> Tensor:
-            return x.new_zeros(rows, x.size(1), total, x.size(3))
+            dtype = torch.bfloat16 if policy.autocast else x.dtype  # as attention takes them
+            return x.new_zeros(rows, x.size(1), total, x.size(3), dtype=dtype)
 
         self._cache = _Slots([room(x.keys) for x in cache.layers], [room(x.values) for x in cache.layers], self._slot)
         self._addresses = _addresses(policy)
