@@ -184,6 +184,7 @@ def test_each_stage_starts_where_the_recipe_says(tmp_path: Path, monkeypatch: py
         "student": (str(tmp_path / "distilled" / "model"), teacher.cold_start_until, 0, 1, 3),
         "control": ("tiny-student", 0.05, 2, 2, 3),
     }
+    assert {name: s.language_weight for name, s in runs.items() if s.language_weight} == {"r1": 1.0}
     assert asked["policy"].name == str(tmp_path / "r1" / "model")
     assert asked["first"] == 2 * 8 + 2 * 4  # problems that the teacher has not been trained on
     settings, shown = learned

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_fast.train.language import script_words
 from grpo_fast.train.rewards import (
     accuracy_reward,
     combine,
     extract_answer,
     format_reward,
+    language_consistency_reward,
     load_reward,
     math_accuracy_reward,
     repetition_penalty_reward,
@@ -74,6 +76,37 @@ def test_extract_answer(completion: str, answer: str | None) -> None:
 )
 def test_format_reward(completion: str, score: float) -> None:
     assert format_reward([completion, "junk"], answer=["b", "b"]) == [score, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("script", "thought", "score"),
+    [
+        ("latin", "two and two make 4", 1.0),
+        ("latin", "two and два make 4", 0.75),
+        ("cyrillic", "two and два make 4", 0.25),
+        ("latin", "so 我们 add", 0.5),  # an ideograph is a word
+        ("cjk", "so 我们 add", 0.5),
+        ("latin", "na\u00efve nai\u0308ve", 1.0),  # a letter with its mark is one letter, however it is written
+        ("latin", "ma\u0442h is", 0.5),  # one foreign letter makes a word foreign
+        ("devanagari", "\u0939\u093f\u0928\u094d\u0926\u0940 is", 0.5),  # vowel signs do not part a word
+        ("latin", "1+1=2", 0.0),
+        ("latin", "", 0.0),
+    ],
+)
+def test_language_is_told_by_the_script(script: str, thought: str, score: float) -> None:
+    reward = language_consistency_reward(script_words(script))
+    assert reward([f"<think>{thought}</think><answer>ответ</answer>"], answer=["x"]) == [score]
+
+
+@pytest.mark.parametrize("text", ["a word", "<think>a word", "<think>a</think><think>b</think>", "</think>a<think>"])
+def test_no_thought_has_no_language(text: str) -> None:
+    assert language_consistency_reward(script_words("latin"))([text]) == [0.0]
+
+
+@pytest.mark.parametrize("script", ["", "klingon", "lat"])
+def test_an_unknown_script_is_refused(script: str) -> None:
+    with pytest.raises(ValueError, match=f"language: got '{script}'"):
+        script_words(script)
 
 
 def test_accuracy_reward_asks_the_task_about_the_extracted_answer() -> None:

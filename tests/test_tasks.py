@@ -397,3 +397,17 @@ def test_other_countdown_solutions_are_found_right() -> None:
                 ast.parse(problem.answer)
             )
     assert others >= 5
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_worked_traces_are_in_their_own_language(name: str) -> None:
+    task = load_task(name)
+    for problem in task.problems("train", 0, 300):
+        assert all(task.trace_words(problem.trace)), problem.trace
+
+
+def test_words_that_no_trace_would_have() -> None:
+    task = load_task("checked_sum")
+    thought = "1-5=-3,-4;wait;1-5=-4,-4;hmm;1-5=-4;1-5==-4,-4;;-4+6=9,9"
+    assert task.trace_words(thought) == [True, True, True, False, False, False, False, True]
+    assert task.trace_words("") == []

@@ -371,6 +371,8 @@ def test_a_preset_gives_way_to_what_is_said() -> None:
         ({"task_options": "{"}, "task_options: got '{', want a JSON object"),
         ({"overlong_buffer": 999}, "overlong_buffer: got 999"),
         ({"lr": -1.0}, "lr: got -1.0"),
+        ({"language_weight": -1.0}, "language_weight: got -1.0"),
+        ({"language": "klingon"}, "language: got 'klingon'"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:

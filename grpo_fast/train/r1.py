@@ -1,7 +1,7 @@
 """The recipe of DeepSeek-R1 in miniature (arXiv 2501.12948), stage by stage, each in a folder of its own.
 
     zero       R1-Zero: GRPO from a base that has seen just enough worked traces to know the format
-    r1         R1: a cold start on worked traces, then GRPO; the teacher
+    r1         R1: a cold start on worked traces, then GRPO with a language consistency reward; the teacher
     traces     rejection sampling: the teacher's answers that are right and well formed
     distilled  a student of a quarter of the size learns them by cross entropy
     student    RL on the distilled student
@@ -69,7 +69,7 @@ def run_r1(
         return load_policy(str(folder / "r1" / "model"), device=device)
 
     reinforce("zero", replace(base, cold_start_until=preset.barely))
-    reinforce("r1", base)
+    reinforce("r1", replace(base, language_weight=preset.language_weight))
     if not (folder / TRACES_FILE).exists():
         found = collect(
             teacher(),

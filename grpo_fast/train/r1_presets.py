@@ -16,6 +16,7 @@ class Preset:
         student: The student, as in ``load_policy``.
         barely: Where R1-Zero and the control begin: their cold start ends at this accuracy, with a model that knows
             the format and little more.
+        language_weight: Of the language consistency reward, which only the teacher's own run of RL (R1) has.
         trace_problems, trace_samples: How many problems the teacher answers, and how often each. One that is mostly
             sure writes the same answer twice, so more problems bring more than more samples.
         distill_lr: AdamW's learning rate in distillation.
@@ -28,6 +29,7 @@ class Preset:
     teacher: Settings
     student: str
     barely: float = 0.25
+    language_weight: float = 1.0
     trace_problems: int = 12_000
     trace_samples: int = 2
     distill_lr: float = 3e-3

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from grpo_fast.train.language import script_words
 from grpo_fast.train.rollout import Rollout
 from grpo_fast.train.settings import Settings
 from grpo_fast.train.tasks import Problem, Task
@@ -58,6 +59,31 @@ def accuracy_reward(task: Task) -> RewardFunction:
     def reward(completions: list[str], *, problem: list[Problem], **_: Any) -> list[float | None]:
         pairs = zip(completions, problem, strict=True)
         return [float(task.verify(extract_answer(text), one)) for text, one in pairs]
+
+    return reward
+
+
+def language_consistency_reward(language: Callable[[str], list[bool]]) -> RewardFunction:
+    """Make the reward for a thought in one language: the share of its words that are of that language.
+
+    The thought is the text of ``<think>...</think>``. The value is 0.0 unless there is exactly one such block with
+    a word in it. Language consistency reward of DeepSeek-R1 (arXiv 2501.12948, section 2.3.2), which is added to
+    the accuracy reward as it is.
+
+    Args:
+        language: What the words of a text are: True for each one of the language, False for another. For natural
+            text ``script_words``, for the traces of a task ``Task.trace_words``.
+    """
+
+    def score(completion: str) -> float:
+        if completion.count("<think>") != 1 or completion.count("</think>") != 1:
+            return 0.0
+        thought = re.search(r"<think>(.*)</think>", completion, re.DOTALL)
+        words = language(thought.group(1)) if thought else []
+        return sum(words) / len(words) if words else 0.0
+
+    def reward(completions: list[str], **_: Any) -> list[float | None]:
+        return [score(text) for text in completions]
 
     return reward
 
@@ -217,6 +243,9 @@ def reward_functions(settings: Settings, task: Any) -> dict[str, tuple[RewardFun
         "accuracy": (accuracy_reward(task), 1.0),
         "format": (format_reward, settings.format_weight),
     }
+    if settings.language_weight:
+        language = task.trace_words if settings.language == "trace" else script_words(settings.language)
+        functions["language"] = (language_consistency_reward(language), settings.language_weight)
     if settings.overlong_buffer:
         functions["overlong"] = (soft_overlong_reward(settings.max_new_tokens, settings.overlong_buffer), 1.0)
     if settings.repetition_weight:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast import GRPOLossConfig
+from grpo_fast.train.language import script_words
 from grpo_fast.train.tasks import TASKS, Task, load_task
 
 
@@ -67,6 +68,8 @@ class Settings:
     scale_rewards: str = _setting("group", "divide rewards by the std of the 'group', the 'batch', or 'none'")
 
     format_weight: float = _setting(0.1, "reward for <think>...</think><answer>...</answer>; a right answer is 1")
+    language_weight: float = _setting(0.0, "reward for the share of the thought's words that are of the language")
+    language: str = _setting("trace", "of the thought: 'trace', the task's own, or a script, such as 'latin'")
     overlong_buffer: int = _setting(0, "soft overlong penalty over the last so many tokens; 0 for none")
     repetition_weight: float = _setting(0.0, "penalty for repeated 4-grams of tokens, at most this; 0 for none")
     reward: str = _setting("", "a reward function of your own, 'module:function', added with weight 1")
@@ -105,6 +108,8 @@ class Settings:
             raise ValueError(
                 f"overlong_buffer: got {self.overlong_buffer}, want at most max_new_tokens = {self.max_new_tokens}"
             )
+        if self.language != "trace":
+            script_words(self.language)
         self.task_overrides()
         self.loss()
 
@@ -134,8 +139,8 @@ _AT_LEAST_ONE = tuple(
     "eval_problems eval_samples eval_batch test_problems save_every".split()
 )
 _AT_LEAST_ZERO = tuple(
-    "seed cold_start_steps cold_start_lr lr warmup_steps max_grad_norm weight_decay format_weight overlong_buffer "
-    "repetition_weight eval_every".split()
+    "seed cold_start_steps cold_start_lr lr warmup_steps max_grad_norm weight_decay format_weight language_weight "
+    "overlong_buffer repetition_weight eval_every".split()
 )
 
 #: What a model changes in the defaults.

@@ -107,6 +107,14 @@ class Task:
         # Not "at least 1": partial credit for spelling is a sum of fractions, which can round above 1.
         return bool(self._dataset.score_answer(answer, problem.entry) == 1.0)
 
+    def trace_words(self, text: str) -> list[bool]:
+        """Tell which words of a thought are of the language that the task's worked traces are written in.
+
+        Words stand between ``;``. One of the language is a step as the traces write it, right or wrong, such as
+        ``1-5=-4``, or what the traces say beside steps (``wait``); for words see ``language_consistency_reward``.
+        """
+        return [_RECIPES[self.name].word.fullmatch(word) is not None for word in text.split(";")] if text else []
+
     def _next_position(self, split: Split, start: int) -> int:
         for position in range(start, start + _PATIENCE):
             problem = self._read(position)
@@ -332,25 +340,34 @@ def _write_countdown(entry: dict[str, Any]) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A dataset of reasoning-gym, what writes its items, and the settings in which the task differs from it."""
+    """A dataset of reasoning-gym, what writes its items, what a step of the traces looks like, and the settings in
+    which the task differs from it.
+    """
 
     dataset: str
     write: Callable[[dict[str, Any]], tuple[str, str] | None]
+    word: re.Pattern[str]
     settings: dict[str, int]
 
 
 _SUMS = {"min_terms": 3, "max_terms": 5, "max_digits": 1}
+_NUMBER = r"(?:-?\d+|\(-?\d+/\d+\))"
+_STEP = re.compile(rf"{_NUMBER}[-+*/]{_NUMBER}={_NUMBER}|-\({_NUMBER}\)={_NUMBER}|{_NUMBER}")
+_CHECKED_STEP = re.compile(rf"-?\d+[-+]\d+=-?\d+,-?\d+|{WAIT}")
 _RECIPES: dict[str, _Recipe] = {
-    "chain_sum": _Recipe("chain_sum", _write_arithmetic, _SUMS),
-    "checked_sum": _Recipe("chain_sum", _write_checked_sum, _SUMS),
-    "basic_arithmetic": _Recipe("basic_arithmetic", _write_arithmetic, {"max_terms": 4, "max_digits": 1}),
-    "products": _Recipe("products", _write_products, {"max_digits": 2}),
-    "gcd": _Recipe("gcd", _write_gcd, {"min_value": 2, "max_value": 60}),
-    "spell_backward": _Recipe("spell_backward", _write_spell_backward, {"max_word_len": 6}),
-    "letter_counting": _Recipe("letter_counting", _write_letter_counting, {"min_words": 2, "max_words": 4}),
+    "chain_sum": _Recipe("chain_sum", _write_arithmetic, _STEP, _SUMS),
+    "checked_sum": _Recipe("chain_sum", _write_checked_sum, _CHECKED_STEP, _SUMS),
+    "basic_arithmetic": _Recipe("basic_arithmetic", _write_arithmetic, _STEP, {"max_terms": 4, "max_digits": 1}),
+    "products": _Recipe("products", _write_products, _STEP, {"max_digits": 2}),
+    "gcd": _Recipe("gcd", _write_gcd, re.compile(r"\d+=\d+\*\d+\+\d+"), {"min_value": 2, "max_value": 60}),
+    "spell_backward": _Recipe("spell_backward", _write_spell_backward, re.compile("[a-z]+"), {"max_word_len": 6}),
+    "letter_counting": _Recipe(
+        "letter_counting", _write_letter_counting, re.compile(r"[a-z0-9]+:\d+"), {"min_words": 2, "max_words": 4}
+    ),
     "countdown": _Recipe(
         "countdown",
         _write_countdown,
+        _STEP,
         {"min_numbers": 3, "max_numbers": 3, "max_value": 9, "min_target": 1, "max_target": 50},
     ),
 }
