@@ -373,6 +373,11 @@ def test_a_preset_gives_way_to_what_is_said() -> None:
         ({"lr": -1.0}, "lr: got -1.0"),
         ({"language_weight": -1.0}, "language_weight: got -1.0"),
         ({"language": "klingon"}, "language: got 'klingon'"),
+        ({"rollout": "sglang"}, "rollout: got 'sglang', want model or vllm"),
+        ({"rollout": "vllm"}, "vllm_server: got '', want an address"),
+        ({"rollout": "vllm", "vllm_server": "localhost:8000"}, "vllm_server: got 'localhost:8000', want an address"),
+        ({"vllm_server": "http://localhost:8000"}, "vllm_server: got .*, want none"),
+        ({"vllm_importance_sampling_clip_max": 0.5}, "vllm_importance_sampling_clip_max: got 0.5, want at least 1"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:

@@ -93,6 +93,9 @@ def batch_metrics(
         "truncated": batch.truncated.float(),
         "rechecks": torch.tensor([float(rechecks(text)) for text in batch.texts]),
     }
+    if (ratio := batch.importance_sampling_ratio) is not None:
+        off = ratio.log().abs() * batch.completion_mask
+        own["sampling/logp_difference"] = off.sum(-1) / batch.completion_mask.sum(-1).clamp(min=1)
     parts = ranks.gather({name: x.cpu() for name, x in (own | scores.per_function).items()})
     of_all = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     scored, lengths = of_all["reward"][~of_all["reward"].isnan()], of_all["length"]
@@ -105,5 +108,6 @@ def batch_metrics(
         "completions/max_length": lengths.max().item(),
         "completions/clipped_ratio": of_all["truncated"].mean().item(),
         "completions/rechecks": of_all["rechecks"].mean().item(),
+        **{name: x.mean().item() for name, x in of_all.items() if name == "sampling/logp_difference"},
         "num_tokens": lengths.sum().item(),
     }

@@ -24,6 +24,7 @@ class Rollout:
         logps: (B, T) float32 log-probs under the distribution sampled from; 0 where masked.
         texts: The completions without end and padding tokens.
         truncated: (B,) bool, no end token within ``max_new_tokens``.
+        importance_sampling_ratio: (B, T), the policy's probability over the sampler's; None where they are the same.
     """
 
     prompt_ids: Tensor
@@ -33,10 +34,12 @@ class Rollout:
     logps: Tensor
     texts: list[str]
     truncated: Tensor
+    importance_sampling_ratio: Tensor | None = None
 
     def part(self, rows: slice) -> Rollout:
         """Some of the rows."""
-        return Rollout(*(getattr(self, f.name)[rows] for f in fields(self)))
+        parts: list[Any] = [getattr(self, f.name) for f in fields(self)]
+        return Rollout(*(None if part is None else part[rows] for part in parts))
 
     def hidden_states(self, policy: Policy) -> Tensor:
         """Hidden states (B, T, H) of ``policy`` that predict the completions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -51,6 +52,11 @@ class Settings:
     group_size: int = _setting(8, "completions a problem (G)")
     max_new_tokens: int = _setting(64, "longest completion, in tokens")
     temperature: float = _setting(1.0, "sampling temperature, in the loss too")
+    rollout: str = _setting("model", "what samples: the 'model' itself, or 'vllm', a server")
+    vllm_server: str = _setting("", "address of that server, such as http://localhost:8000")
+    vllm_importance_sampling_clip_max: float = _setting(
+        3.0, "most that a token counts for being likelier to the model than to the server"
+    )
     minibatches: int = _setting(4, "updates a batch is dealt out to; from the second on the ratio is not 1")
     num_iterations: int = _setting(1, "times each batch is gone through")
     micro_prompts: int = _setting(32, "problems a backward pass; fewer need less memory, the gradient is the same")
@@ -108,6 +114,11 @@ class Settings:
             raise ValueError(
                 f"overlong_buffer: got {self.overlong_buffer}, want at most max_new_tokens = {self.max_new_tokens}"
             )
+        if self.rollout not in ("model", "vllm"):
+            raise ValueError(f"rollout: got {self.rollout!r}, want model or vllm")
+        if bool(re.match(r"https?://[^/]", self.vllm_server)) != (self.rollout == "vllm"):
+            wanted = "an address such as http://localhost:8000" if self.rollout == "vllm" else "none"
+            raise ValueError(f"vllm_server: got {self.vllm_server!r}, want {wanted} with rollout = {self.rollout!r}")
         if self.language != "trace":
             script_words(self.language)
         self.task_overrides()
@@ -136,7 +147,8 @@ class Settings:
 
 _AT_LEAST_ONE = tuple(
     "cold_start_batch cold_start_check steps prompts max_new_tokens minibatches num_iterations micro_prompts "
-    "eval_problems eval_samples eval_batch test_problems save_every".split()
+    "eval_problems eval_samples eval_batch test_problems save_every "
+    "vllm_importance_sampling_clip_max".split()
 )
 _AT_LEAST_ZERO = tuple(
     "seed cold_start_steps cold_start_lr lr warmup_steps max_grad_norm weight_decay format_weight language_weight "

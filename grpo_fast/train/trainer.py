@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.recorder import SUMMARY_FILE, Recorder, batch_metrics, device_name, versions
 from grpo_fast.train.rewards import accuracy_reward, columns, combine, reward_functions
 from grpo_fast.train.rollout import Rollout, sample
+from grpo_fast.train.rollout_vllm import VLLMSampler, connect
 from grpo_fast.train.settings import Settings, to_json
 from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import Problem, Split
@@ -94,6 +95,10 @@ class Run:
         self.task = settings.load_task()
         self.policy = self._policy(settings.model)
         self.rewards = reward_functions(settings, self.task)
+        self.draw: Callable[..., Rollout] = sample
+        if settings.rollout == "vllm":
+            client = connect(settings.vllm_server, self.policy.device, sends_weights=ranks.first)
+            self.draw = VLLMSampler(client, settings, ranks).sample
 
         state: dict[str, Any] = {"phase": COLD_START, "done": 0, "before": None, "seconds": {}, "command": command}
         checkpoint = find_checkpoint(folder)
@@ -237,7 +242,7 @@ class Run:
         """Completions drawn from seed, phase, step and rank alone, so that a resumed run draws the same."""
         key = f"{self.settings.seed} {self.phase} {self.done}" + (f" {self.ranks.rank}" if self.ranks.rank else "")
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-        return sample(
+        return self.draw(
             self.policy.whole(),
             [self.policy.prompt(p) for p in problems],
             group_size=group_size,

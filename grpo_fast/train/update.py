@@ -100,6 +100,7 @@ def _loss(
         advantages=advantages,
         old_logps=batch.logps,
         ref_logps=ref_logps,
+        importance_sampling_ratio=batch.importance_sampling_ratio,
         num_items_in_batch=num_items,
         temperature=settings.temperature,
         config=settings.loss(),
