@@ -48,8 +48,22 @@ _LEVELS = {f"{name}: {n} numbers": {"min_terms": n, "max_terms": n} for n, name 
 PRESETS: dict[str, Preset] = {
     # A CPU, half an hour on one core.
     "tiny": Preset(
-        teacher=Settings(model="tiny", task="checked_sum", max_new_tokens=80, eval_samples=16),
+        teacher=Settings(
+            model="tiny",
+            task="checked_sum",
+            max_new_tokens=80,
+            cold_start_check=20,
+            steps=120,
+            eval_problems=60,
+            eval_samples=16,
+            test_problems=50,  # a run's own; all models are measured on ``problems`` at the end
+        ),
         student="tiny-student",
+        trace_problems=8_000,
+        student_steps=50,
+        control_steps=160,
+        problems=120,
+        level_problems=60,
         levels=_LEVELS,
     ),
     # One GPU.
