@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import json
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -271,7 +274,7 @@ def test_only_the_first_rank_sends_weights(policy: Policy) -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs trl and vllm: pip install 'trl\[vllm\]>=1.16,<1.17'"):
+    with pytest.raises(ImportError, match=r"needs trl and vllm: pip install 'grpo_fast\[train,vllm\]'"):
         connect("http://localhost:8000", torch.device("cuda"))
 
 
@@ -307,6 +310,57 @@ def test_log_probs_have_to_be_those_of_the_distribution_sampled_from(
         for first in (True, False):
             connect("http://localhost:8000", torch.device("cuda"), sends_weights=first)
         assert opened == [torch.device("cuda")]
+
+
+def test_trls_client_and_the_sampler_over_http(
+    policy: Policy, trl_client: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a server that answers as vLLM does: what it is asked for, and that all arrives in its place."""
+    engine, asked = StandIn(noise=0.2), []
+    info = {"model_config": {"logprobs_mode": "processed_logprobs"}}
+    told = {"/health": {}, "/v1/models": {"data": [{"id": "tiny"}]}, "/server_info": {"vllm_config": info}}
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, body: Any) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def do_GET(self) -> None:
+            self.answer(told[self.path.partition("?")[0]])
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            options = {name: body[name] for name in ("n", "max_tokens", "temperature", "logprobs")}
+            stop = {"stop_token_ids": body["stop_token_ids"]}
+            drawn = engine.generate(body["prompt"], generation_kwargs=stop, **options)
+            choices = []
+            for row, (ids, logps) in enumerate(zip(drawn["completion_ids"], drawn["logprobs"], strict=True)):
+                tokens = [f"token_id:{i}" for i in ids]
+                values = [value for (value,) in logps]
+                tops = [{token: value} for token, value in zip(tokens, values, strict=True)]
+                logprobs = {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops}
+                prompt = body["prompt"][row // body["n"]]
+                choices.append({"prompt_token_ids": prompt, "token_ids": ids, "logprobs": logprobs})
+            self.answer({"choices": choices})
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(trl_client, "init_communicator", lambda self, device: None)
+    monkeypatch.setattr(trl_client, "update_model_params", lambda self, model: engine.update_model_params(model))
+    monkeypatch.setattr(trl_client, "reset_prefix_cache", lambda self: engine.reset_prefix_cache())
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        client = connect(f"http://127.0.0.1:{server.server_port}", torch.device("cuda"))
+        got = VLLMSampler(client, SETTINGS).sample(policy, prompts(policy), **OPTIONS)
+        server.shutdown()
+    assert [(body["model"], body["top_p"], body["top_k"], body["min_p"]) for body in asked] == [("tiny", 1.0, 0, 0.0)]
+    wanted = VLLMSampler(StandIn(noise=0.2), SETTINGS).sample(policy, prompts(policy), **OPTIONS)
+    assert got.texts == wanted.texts
+    for name in ("completion_ids", "completion_mask", "logps", "importance_sampling_ratio", "truncated"):
+        torch.testing.assert_close(getattr(got, name), getattr(wanted, name))
 
 
 def test_the_stand_in_is_called_as_the_real_client_takes_it(trl_client: type) -> None:

@@ -38,8 +38,9 @@ class Rollout:
 
     def part(self, rows: slice) -> Rollout:
         """Some of the rows."""
-        parts: list[Any] = [getattr(self, f.name) for f in fields(self)]
-        return Rollout(*(None if part is None else part[rows] for part in parts))
+        values: list[Any] = [getattr(self, f.name) for f in fields(self)]
+        parts: list[Any] = [None if value is None else value[rows] for value in values]
+        return Rollout(*parts)
 
     def hidden_states(self, policy: Policy) -> Tensor:
         """Hidden states (B, T, H) of ``policy`` that predict the completions."""

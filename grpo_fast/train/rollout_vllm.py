@@ -56,7 +56,7 @@ def connect(server: str, device: torch.device, *, sends_weights: bool = True) ->
     """
     missing = [name for name in ("trl", "vllm") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"rollout='vllm' needs {' and '.join(missing)}: pip install 'trl[vllm]>=1.16,<1.17'")
+        raise ImportError(f"rollout='vllm' needs {' and '.join(missing)}: pip install 'grpo_fast[train,vllm]'")
     if device.type != "cuda":
         raise ValueError(f"device: got {device.type!r}, want 'cuda': weights go to a vLLM server over NCCL")
     from trl.generation.vllm_client import VLLMClient

@@ -52,7 +52,7 @@ class Settings:
     group_size: int = _setting(8, "completions a problem (G)")
     max_new_tokens: int = _setting(64, "longest completion, in tokens")
     temperature: float = _setting(1.0, "sampling temperature, in the loss too")
-    rollout: str = _setting("model", "what samples: the 'model' itself, or 'vllm', a server")
+    rollout: str = _setting("model", "what samples in training: the 'model' itself, or 'vllm', a server")
     vllm_server: str = _setting("", "address of that server, such as http://localhost:8000")
     vllm_importance_sampling_clip_max: float = _setting(
         3.0, "most that a token counts for being likelier to the model than to the server"
