@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -405,3 +406,11 @@ def test_the_reference_model_does_not_learn(tmp_path: Path, whole: tuple[Path, d
     end = checkpoint.load_file(folder / "model" / "model.safetensors")
     assert start.keys() == end.keys()
     assert any(not torch.equal(start[name], end[name]) for name in start)
+
+
+def test_the_example_of_a_run_is_one() -> None:
+    file = Path(__file__).parents[1] / "examples" / "smollm2.toml"
+    settings = load_settings({"model": "some/folder"}, file)
+    # Whatever the preset of the model says is said by the file, which also serves a copy of the model elsewhere.
+    given = load_settings({}, file)
+    assert replace(settings, model=given.model) == given
