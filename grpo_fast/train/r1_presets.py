@@ -19,6 +19,8 @@ class Preset:
         language_weight: Of the language consistency reward, which only the teacher's own run of RL (R1) has.
         trace_problems, trace_samples: How many problems the teacher answers, and how often each. One that is mostly
             sure writes the same answer twice, so more problems bring more than more samples.
+            Too few, and so too few steps of learning, are of no use: after 8,000 problems tiny's student got 55 % right,
+            after 12,000 83 %.
         distill_lr: AdamW's learning rate in distillation.
         student_steps, control_steps: GRPO steps of the distilled student, and of the one without distillation.
         problems, samples: Test problems that all models are measured on at the end, and samples of each.
@@ -46,7 +48,7 @@ _NAMES = ("easy", "medium", "hard", "longer than any in training", "longer still
 _LEVELS = {f"{name}: {n} numbers": {"min_terms": n, "max_terms": n} for n, name in enumerate(_NAMES, start=3)}
 
 PRESETS: dict[str, Preset] = {
-    # A CPU, half an hour on one core.
+    # A CPU, 18 minutes of one core.
     "tiny": Preset(
         teacher=Settings(
             model="tiny",
@@ -59,7 +61,6 @@ PRESETS: dict[str, Preset] = {
             test_problems=50,  # a run's own; all models are measured on ``problems`` at the end
         ),
         student="tiny-student",
-        trace_problems=8_000,
         student_steps=50,
         control_steps=160,
         problems=120,
