@@ -19,8 +19,8 @@ class Preset:
         language_weight: Of the language consistency reward, which only the teacher's own run of RL (R1) has.
         trace_problems, trace_samples: How many problems the teacher answers, and how often each. One that is mostly
             sure writes the same answer twice, so more problems bring more than more samples.
-            Too few, and so too few steps of learning, are of no use: after 8,000 problems tiny's student got 55 % right,
-            after 12,000 83 %.
+            Too few, and so too few steps of learning, are of no use: tiny's student got 55 % right after 8,000, 83 %
+            after 12,000.
         distill_lr: AdamW's learning rate in distillation.
         student_steps, control_steps: GRPO steps of the distilled student, and of the one without distillation.
         problems, samples: Test problems that all models are measured on at the end, and samples of each.
