@@ -109,25 +109,38 @@ def _decode(
     temperature: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ids, logps, kept (B, T), alive (B,)) after as many steps as the longest completion has tokens."""
+    """(ids, logps, kept (B, T), alive (B,)) after as many steps as the longest completion has tokens.
+
+    Rows that have ended are dropped whenever a quarter of those left have: a step's time goes by its rows, and by
+    what the cache holds, which grows by copying.
+    """
     rows, width = prompt_mask.shape
-    mask = prompt_mask.new_zeros(rows, width + max_new_tokens)
+    mask = prompt_mask.new_zeros(rows, width + max_new_tokens)  # of the rows left, as are hidden and alive
     mask[:, :width] = prompt_mask
+    ids = torch.full((rows, max_new_tokens), policy.pad_id, device=policy.device)
+    logps = torch.zeros(rows, max_new_tokens, device=policy.device)
+    kept = prompt_mask.new_zeros(rows, max_new_tokens)
+    left = torch.arange(rows, device=policy.device)
     alive = prompt_mask.new_ones(rows)
-    ids, logps, kept = [], [], []
-    for position in range(width, mask.size(1)):
+    for position in range(max_new_tokens):
         log_p = policy.log_probs(hidden, temperature or 1.0)  # (B, V)
         noise = torch.empty_like(log_p)
         if temperature > 0:
             noise.exponential_(generator=generator)
-        token = next_token(log_p, temperature, noise)
-        ids.append(torch.where(alive, token, policy.pad_id))
-        logps.append(torch.where(alive, log_p.gather(-1, token[:, None]).squeeze(-1), 0.0))
-        kept.append(alive)
+        token = next_token(log_p, temperature, noise).where(alive, policy.pad_id)
+        ids[left, position] = token
+        logps[left, position] = log_p.gather(-1, token[:, None]).squeeze(-1).where(alive, 0.0)
+        kept[left, position] = mask[:, width + position] = alive
         alive = alive & (token != policy.eos_id)
-        if not alive.any():
+        going = alive.nonzero().squeeze(-1)
+        if going.numel() == 0 or position == max_new_tokens - 1:
             break
-        mask[:, position] = kept[-1]
-        out = policy.forward(ids[-1][:, None], mask[:, : position + 1], past_key_values=cache, use_cache=True)
+        if 4 * going.numel() <= 3 * alive.numel():
+            cache.batch_select_indices(going)
+            mask, token, left, alive = (x[going] for x in (mask, token, left, alive))
+        seen = mask[:, : width + position + 1]
+        out = policy.forward(token[:, None], seen, past_key_values=cache, use_cache=True)
         hidden = out.last_hidden_state[:, -1]
-    return torch.stack(ids, 1), torch.stack(logps, 1), torch.stack(kept, 1), alive
+    unended = prompt_mask.new_zeros(rows)
+    unended[left] = alive
+    return ids[:, : position + 1], logps[:, : position + 1], kept[:, : position + 1], unended
