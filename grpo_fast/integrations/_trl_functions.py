@@ -11,6 +11,7 @@ import trl.trainer.utils as trl_utils
 from torch import Tensor
 
 from grpo_fast.backend import check_impl
+from grpo_fast.integrations import WORKSPACE_BYTES
 from grpo_fast.integrations._causal_lm import as_autocast, whole, whole_bias
 from grpo_fast.ops.linear_distillation_loss import linear_distillation_loss
 from grpo_fast.ops.linear_selective_log_softmax import linear_selective_log_softmax
@@ -90,6 +91,7 @@ class _LinearLogProbs:
             logit_scale=logit_scale,
             softcap=final_logit_softcapping,
             return_entropy="entropy" in outputs,
+            workspace_bytes=WORKSPACE_BYTES,
             impl=self.impl,
         )
         logps, entropy = found if isinstance(found, tuple) else (found, None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grpo_fast.integrations import WORKSPACE_BYTES
 from grpo_fast.integrations._versions import require
 from grpo_fast.ops.linear_selective_log_softmax import linear_selective_log_softmax
 
@@ -87,6 +88,7 @@ def patch_causal_lm(model: PreTrainedModel, *, temperature: float = 1.0, impl: s
             mask=mask,
             temperature=temperature,
             return_entropy=True,
+            workspace_bytes=WORKSPACE_BYTES,
             impl=impl,
             **head.options,
         )

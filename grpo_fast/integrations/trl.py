@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo_fast.backend import check_impl
 from grpo_fast.config import CLIPPED_LOSSES, GRPOLossConfig
+from grpo_fast.integrations import WORKSPACE_BYTES
 from grpo_fast.integrations._versions import require
 from grpo_fast.ops._loss_batch import GRPOLossOutput
 from grpo_fast.ops.linear_grpo_loss import linear_grpo_loss
@@ -101,6 +102,7 @@ class FastGRPOTrainer(GRPOTrainer):
                 num_items_in_batch=inputs["num_items_in_batch"] if config.loss_type in _BY_ITEMS else None,
                 temperature=self.temperature,
                 config=config,
+                workspace_bytes=WORKSPACE_BYTES,
                 impl=self._impl,
                 **head.options,
             )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.integrations import WORKSPACE_BYTES
 from grpo_fast.integrations._causal_lm import whole
 from grpo_fast.integrations._policy_loss import clipped_policy_loss, mean
 from grpo_fast.integrations._versions import require
@@ -75,7 +76,14 @@ def fused_linear_forward(
 def _log_probs_and_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(temperature, (int, float)):
         raise ValueError(f"temperature: got {type(temperature).__name__}, want one number for all tokens")
-    found = linear_selective_log_softmax(hidden, whole(weight), ids, temperature=temperature, return_entropy=True)
+    found = linear_selective_log_softmax(
+        hidden,
+        whole(weight),
+        ids,
+        temperature=temperature,
+        return_entropy=True,
+        workspace_bytes=WORKSPACE_BYTES,
+    )
     assert isinstance(found, tuple)
     return found
 

@@ -86,7 +86,12 @@ def run_r1(
     traces = Traces.read(folder / TRACES_FILE)
     if not (folder / "distilled" / SUMMARY_FILE).exists():
         learning = DistillSettings(
-            model=preset.student, lr=preset.distill_lr, divergence=divergence, device=device, seed=seed
+            model=preset.student,
+            epochs=preset.distill_epochs,
+            lr=preset.distill_lr,
+            divergence=divergence,
+            device=device,
+            seed=seed,
         )
         shown = None if divergence is None else teacher()
         distill(learning, traces.examples(task), folder / "distilled", shown)

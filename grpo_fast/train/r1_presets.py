@@ -21,7 +21,7 @@ class Preset:
             sure writes the same answer twice, so more problems bring more than more samples.
             Too few, and so too few steps of learning, are of no use: tiny's student got 55 % right after 8,000, 83 %
             after 12,000.
-        distill_lr: AdamW's learning rate in distillation.
+        distill_lr, distill_epochs: AdamW's learning rate in distillation, and times it goes through the traces.
         student_steps, control_steps: GRPO steps of the distilled student, and of the one without distillation.
         problems, samples: Test problems that all models are measured on at the end, and samples of each.
         level_problems, level_samples: The same of each level.
@@ -35,6 +35,7 @@ class Preset:
     trace_problems: int = 12_000
     trace_samples: int = 2
     distill_lr: float = 3e-3
+    distill_epochs: int = 5
     student_steps: int = 70
     control_steps: int = 210
     problems: int = 200
@@ -77,7 +78,7 @@ PRESETS: dict[str, Preset] = {
             cold_start_steps=1500,
             cold_start_lr=5e-4,
             cold_start_check=20,
-            steps=120,
+            steps=100,
             prompts=64,
             group_size=16,
             micro_prompts=64,
@@ -86,11 +87,13 @@ PRESETS: dict[str, Preset] = {
             eval_batch=4096,
         ),
         student="small-student",
+        trace_problems=60_000,
+        trace_samples=1,
         distill_lr=1e-3,
+        distill_epochs=3,
         student_steps=50,
-        control_steps=170,
-        problems=400,
-        level_problems=200,
+        control_steps=150,
+        problems=300,
         levels=_LEVELS,
     ),
 }
