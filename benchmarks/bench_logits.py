@@ -13,7 +13,19 @@ from torch import Tensor
 from grpo_fast import GRPOLossConfig, grpo_loss, selective_log_softmax
 from grpo_fast.reference import logps_and_entropy_ref
 
-from .harness import DEVICE, Benchmark, Provider, Record, Task, Timer, attempt, fastest, run_task, ways_to_read
+from .harness import (
+    DEVICE,
+    Benchmark,
+    Provider,
+    Record,
+    Task,
+    Timer,
+    attempt,
+    fastest,
+    run_task,
+    ways_to_copy,
+    ways_to_read,
+)
 
 CONFIG = GRPOLossConfig(beta=0.04, use_bias_correction_kl=False)  # what every peer can compute
 CHECKED_ROWS = 64
@@ -266,10 +278,8 @@ def measure(timer: Timer, case: Case, takes_part: Callable[[Provider], bool]) ->
     with torch.no_grad():
         read = fastest(timer, ways_to_read(x.tokens))
         records = run_task(timer, case, LOG_PROBS, x, ceiling=read, errors=logps_error, **everyone)
-    copied = original[:, :-1]
-    records += run_task(
-        timer, case, LOSS, x, ceiling=lambda: copied.copy_(x.tokens), errors=gradient_error, **everyone
-    )
+    copy = fastest(timer, ways_to_copy(x.tokens, original[:, :-1]))
+    records += run_task(timer, case, LOSS, x, ceiling=copy, errors=gradient_error, **everyone)
     if case == SMALLEST:
         for impl in ("CUDA", "Triton"):
             record = {"case": vars(case), "task": SMALL, "provider": f"grpo_fast {impl}", "ours": True}
@@ -288,8 +298,8 @@ def _small_batch(timer: Timer, x: Inputs, impl: str) -> Record:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    copy = torch.empty_like(leaf, requires_grad=False)
-    alone, whole = timer.interleaved(lambda: copy.copy_(leaf.detach()), graph.replay)
+    copy = fastest(timer, ways_to_copy(leaf.detach(), torch.empty_like(leaf, requires_grad=False)))
+    alone, whole = timer.interleaved(copy, graph.replay)
     return found | whole | {"ceiling_ms": alone["ms"]}
 
 

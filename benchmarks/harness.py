@@ -306,6 +306,11 @@ def ways_to_read(x: Tensor) -> list[Callable[[], Any]]:
     return [lambda: torch.amax(x, -1), lambda: flat.max(), lambda: flat.sum()]
 
 
+def ways_to_copy(x: Tensor, to: Tensor) -> list[Callable[[], Any]]:
+    """Torch's own ways to copy ``x``: by the driver, which some machines do at half the memory's speed; by a kernel."""
+    return [lambda: to.copy_(x), lambda: torch.mul(x, 1, out=to)]
+
+
 def environment() -> dict[str, str]:
     """GPU or CPU, versions, date and commit."""
     root = Path(__file__).resolve().parent.parent
