@@ -183,6 +183,11 @@ cudaError_t linear_loss(const Head& head, const float4* partials, const LossOpti
 cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8_t* kept, const float* d_logps,
                           const float* d_entropies, float4* slopes, cudaStream_t stream);
 
+// The gradient of the logits by the product itself, from slopes that are known before it: in bfloat16, with a softcap
+// or without. `place` is where it goes; its bases are not used.
+cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& place, const float4* slopes, bool tilted,
+                                       cudaStream_t stream);
+
 // The gradient of the logits, in bfloat16, over the exponentials: of all rows, or of so many in `which`. `tilted`:
 // entropies have a gradient too.
 cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,

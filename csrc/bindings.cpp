@@ -263,20 +263,30 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "linear_log_probs",
-      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address partials,
-         Address logps, Address entropies, Address shifts, Address totals) -> int {
+      [](int device, Address stream, const gf::Head& head, Address partials, Address logps, Address entropies,
+         Address shifts, Address totals) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         auto* found = pointer<float4>(partials);
-        const cudaError_t error = gf::linear_statistics(head, exponentials, found, stream_of(stream));
-        if (error != cudaSuccess || logps == 0) return code(error);
+        const cudaError_t error = gf::linear_statistics(head, {nullptr, 0, nullptr}, found, stream_of(stream));
+        if (error != cudaSuccess) return code(error);
         return code(gf::linear_log_probs(
             head, found,
             {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
             stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("partials"),
-      py::arg("logps"), py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("partials"), py::arg("logps"),
+      py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
+
+  m.def(
+      "linear_exponentials",
+      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials,
+         Address partials) -> int {
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return code(on.error());
+        return code(gf::linear_statistics(head, exponentials, pointer<float4>(partials), stream_of(stream)));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("partials"));
 
   m.def(
       "linear_loss_rows",
@@ -308,6 +318,17 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("kept"), py::arg("logps"), py::arg("entropies"),
       py::arg("shifts"), py::arg("totals"), py::arg("d_logps"), py::arg("d_entropies"), py::arg("slopes"));
+
+  m.def(
+      "linear_gradient_by_product",
+      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& place, Address slopes,
+         bool tilted) -> int {
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return code(on.error());
+        return code(
+            gf::linear_gradient_by_product(head, place, pointer<const float4>(slopes), tilted, stream_of(stream)));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("place"), py::arg("slopes"), py::arg("tilted"));
 
   m.def(
       "linear_gradient",

@@ -32,6 +32,11 @@ __device__ inline void unpack_exponentials(uint4 raw, float (&e)[8]) {
   }
 }
 
+__device__ inline uint32_t pack_bfloat16(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // Each of four neighbouring lanes has two words of four groups of eight: afterwards each has all of one group.
 __device__ inline uint4 gather_groups(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const auto exchange = [](uint32_t& low, uint32_t& high, int lanes) {

@@ -1,4 +1,5 @@
-// The statistics of rows of logits from hidden states: a matrix product whose logits never leave the registers.
+// Rows of logits from hidden states, as a matrix product whose logits never leave the registers: their statistics, or,
+// where these are known, their gradient.
 //
 // A block keeps 128 rows and walks over the vocabulary, 256 words at a time. In a block,
 //
@@ -8,6 +9,7 @@
 //   the consumers  (2 warpgroups)     multiply them on the tensor cores, 64 rows each, and at the end of 256 words
 //                                     take the logits in their registers into their rows' statistics. Where there is
 //                                     to be a gradient they write the exponentials that they have then, in 16 bits.
+//                                     Where a row's sum is known from before they write the gradient itself.
 //
 // While one warpgroup is with its statistics the other multiplies, as far apart as the ring allows. Clusters that share
 // rows have every n-th tile of words; linear_rows.cu merges what they found.
@@ -61,11 +63,14 @@ struct Item {
   int pair, lane;
 };
 
+enum class Makes { kStatistics, kExponentials, kGradient, kTiltedGradient };  // exponentials and statistics
+
 struct Problem {
   Head head;
-  Exponentials exponentials;
-  int pairs, lanes;  // of 256 rows, and how many clusters share each
-  float4* partials;  // (lanes, count)
+  Exponentials exponentials;  // their place is that of the gradient too
+  const Slopes* slopes;       // (count,), of the gradient
+  int pairs, lanes;           // of 256 rows, and how many clusters share each
+  float4* partials;           // (lanes, count)
 
   // Items in an order in which those near each other share rows as well as words: a band of pairs at a time.
   __device__ Item item(int i) const {
@@ -76,10 +81,10 @@ struct Problem {
   }
 };
 
-template <typename T, bool kSoftcap, bool kBias, bool kKeep>
+template <typename T, bool kSoftcap, bool kBias, Makes kMakes>
 __global__ void __launch_bounds__(kThreads, 1)
-    statistics_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
-                      const Problem problem) {
+    product_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
+                   const Problem problem) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char memory[];
   char* const stages = memory + (-shared_address(memory) & 1023);
@@ -120,6 +125,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    constexpr bool kKeep = kMakes == Makes::kExponentials, kTilt = kMakes == Makes::kTiltedGradient;
+    constexpr bool kGradient = kTilt || kMakes == Makes::kGradient;
     const LogitOptions options = head.options;
     const float inner = options.slope * kLog2e;
     const int thread = threadIdx.x % 128, lane = thread % 32;
@@ -163,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         mma_wait<0>();
         release(previous);
 
-        // Statistics. logits[4 j + 2 h + e]: pairs e of row h of a group of eight words j, as the units lay them.
+        // logits[4 j + 2 h + e]: pairs e of row h of a group of eight words j, as the units lay them.
         const int word = tile * kWords + first_word;
         const bool whole = tile * kWords + kWords <= head.V;
 #pragma unroll
@@ -184,23 +191,37 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
           }
           const int64_t place = ids[h] >= first ? ids[h] - first : -1;
-          if (place >= 0 && place < 128 && place % 8 < 2) {
-            const int which = static_cast<int>(place / 8 * 2 + place % 8);
+          const bool here = place >= 0 && place < 128 && place % 8 < 2;
+          const int which = here ? static_cast<int>(place / 8 * 2 + place % 8) : -1;
+          if (kGradient) {
+            Slopes slopes = row + 8 * h < head.count ? problem.slopes[row + 8 * h] : Slopes{};
+            if (slopes.zero()) slopes.shift = -kFloor;  // 0 times an exponential shall be 0, whatever the logits are
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
-              if (i == which) rows[h].target = u[i], u[i] = kNowhere;
+              u[i] = i == which ? slopes.template of_target<kSoftcap>(u[i], options)
+                                : slopes.template at<kSoftcap, kTilt>(u[i], inner, options);
             }
-          }
-          float top = u[0];
+          } else {
+            if (here) {
 #pragma unroll
-          for (int i = 1; i < 32; ++i) top = fmaxf(top, u[i]);
-          rows[h].reach(top, inner);
-          rows[h].template exponentiate<!kBias>(u, inner);
-          if (kKeep) {
-            const float factor = exp2_fast(Statistics::shift(rows[h].base, inner) - bases[h]);
+              for (int i = 0; i < 32; ++i) {
+                if (i == which) rows[h].target = u[i], u[i] = kNowhere;
+              }
+            }
+            float top = u[0];
+#pragma unroll
+            for (int i = 1; i < 32; ++i) top = fmaxf(top, u[i]);
+            rows[h].reach(top, inner);
+            rows[h].template exponentiate<!kBias>(u, inner);
+          }
+          if (kKeep || kGradient) {
+            const float factor = kKeep ? exp2_fast(Statistics::shift(rows[h].base, inner) - bases[h]) : 1.0f;
             uint32_t pairs[16];
 #pragma unroll
-            for (int i = 0; i < 16; ++i) pairs[i] = pack_exponentials(u[2 * i] * factor, u[2 * i + 1] * factor);
+            for (int i = 0; i < 16; ++i) {
+              pairs[i] = kKeep ? pack_exponentials(u[2 * i] * factor, u[2 * i + 1] * factor)
+                               : pack_bfloat16(u[2 * i], u[2 * i + 1]);
+            }
             const int start = tile * kWords + part % 2 * 128 + lane % 4 * 8;
             uint16_t* to = problem.exponentials.values + (row + 8 * h) * problem.exponentials.stride + start;
 #pragma unroll
@@ -215,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       // Four threads have a row.
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < 2 && !kGradient; ++h) {
         Statistics& mine = rows[h];
         for (int across = 1; across < 4; across *= 2) {
           mine.merge({__shfl_xor_sync(~0u, mine.base, across), __shfl_xor_sync(~0u, mine.sum, across),
@@ -282,18 +303,27 @@ cudaError_t describe(CUtensorMap* map, Encode encode, const Values& matrix, int 
 
 template <typename T>
 auto* choose_kernel(const Problem& problem) {
+  constexpr Makes kMakes = Makes::kStatistics;
   const bool softcap = problem.head.options.has_softcap, bias = problem.head.bias != nullptr;
   if (problem.exponentials.values != nullptr) {
-    return bias ? statistics_kernel<__nv_bfloat16, false, true, true>
-                : statistics_kernel<__nv_bfloat16, false, false, true>;
+    return bias ? product_kernel<__nv_bfloat16, false, true, Makes::kExponentials>
+                : product_kernel<__nv_bfloat16, false, false, Makes::kExponentials>;
   }
-  return softcap ? (bias ? statistics_kernel<T, true, true, false> : statistics_kernel<T, true, false, false>)
-                 : (bias ? statistics_kernel<T, false, true, false> : statistics_kernel<T, false, false, false>);
+  return softcap ? (bias ? product_kernel<T, true, true, kMakes> : product_kernel<T, true, false, kMakes>)
+                 : (bias ? product_kernel<T, false, true, kMakes> : product_kernel<T, false, false, kMakes>);
 }
 
-template <typename T>
-cudaError_t launch(const CUtensorMap& hidden, const CUtensorMap& weight, const Problem& problem, cudaStream_t stream) {
-  const auto kernel = choose_kernel<T>(problem);
+template <Makes kMakes>
+auto* choose_gradient_kernel(const Head& head) {
+  using T = __nv_bfloat16;
+  const bool softcap = head.options.has_softcap, bias = head.bias != nullptr;
+  return softcap ? (bias ? product_kernel<T, true, true, kMakes> : product_kernel<T, true, false, kMakes>)
+                 : (bias ? product_kernel<T, false, true, kMakes> : product_kernel<T, false, false, kMakes>);
+}
+
+template <typename Kernel>
+cudaError_t launch(Kernel* kernel, const CUtensorMap& hidden, const CUtensorMap& weight, const Problem& problem,
+                   cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster;
@@ -321,7 +351,16 @@ cudaError_t statistics(const CUtensorMap& hidden, const CUtensorMap& weight, con
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
-  return launch<T>(hidden, weight, problem, stream);
+  return launch(choose_kernel<T>(problem), hidden, weight, problem, stream);
+}
+
+cudaError_t describe_head(CUtensorMap* hidden, CUtensorMap* weight, const Head& head) {
+  Encode encode;
+  cudaError_t error = find_encode(&encode);
+  if (error != cudaSuccess) return error;
+  error = describe(hidden, encode, head.hidden, head.count, head.H, head.hidden_stride, kRows);
+  if (error != cudaSuccess) return error;
+  return describe(weight, encode, head.weight, head.V, head.H, head.weight_stride, kWords / kCluster);
 }
 
 int pairs_of(int count) { return (count + kCluster * kRows - 1) / (kCluster * kRows); }
@@ -342,18 +381,30 @@ int linear_lanes(int count, int multiprocessors) {
 
 cudaError_t linear_statistics(const Head& head, const Exponentials& exponentials, float4* partials,
                               cudaStream_t stream) {
-  Encode encode;
-  cudaError_t error = find_encode(&encode);
-  if (error != cudaSuccess) return error;
   CUtensorMap hidden, weight;
-  error = describe(&hidden, encode, head.hidden, head.count, head.H, head.hidden_stride, kRows);
+  const cudaError_t error = describe_head(&hidden, &weight, head);
   if (error != cudaSuccess) return error;
-  error = describe(&weight, encode, head.weight, head.V, head.H, head.weight_stride, kWords / kCluster);
-  if (error != cudaSuccess) return error;
-  const Problem problem = {head, exponentials, pairs_of(head.count), linear_lanes(head.count, head.multiprocessors),
-                           partials};
+  const Problem problem = {
+      head, exponentials, nullptr, pairs_of(head.count), linear_lanes(head.count, head.multiprocessors), partials};
   return head.hidden.dtype == DType::kBFloat16 ? statistics<__nv_bfloat16>(hidden, weight, problem, stream)
                                                : statistics<__half>(hidden, weight, problem, stream);
+}
+
+cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& place, const float4* slopes, bool tilted,
+                                       cudaStream_t stream) {
+  if (head.hidden.dtype != DType::kBFloat16) return cudaErrorInvalidValue;
+  CUtensorMap hidden, weight;
+  const cudaError_t error = describe_head(&hidden, &weight, head);
+  if (error != cudaSuccess) return error;
+  const Problem problem = {head,
+                           place,
+                           reinterpret_cast<const Slopes*>(slopes),
+                           pairs_of(head.count),
+                           linear_lanes(head.count, head.multiprocessors),
+                           nullptr};
+  return launch(
+      tilted ? choose_gradient_kernel<Makes::kTiltedGradient>(head) : choose_gradient_kernel<Makes::kGradient>(head),
+      hidden, weight, problem, stream);
 }
 
 }  // namespace grpo_fast

@@ -148,12 +148,14 @@ def linear_log_probs(
     device: int,
     stream: int,
     head: Head,
-    exponentials: Exponentials,
     partials: int,
     logps: int,
     entropies: int,
     shifts: int,
     totals: int,
+) -> int: ...
+def linear_exponentials(
+    *, device: int, stream: int, head: Head, exponentials: Exponentials, partials: int
 ) -> int: ...
 def linear_loss_rows(
     *,
@@ -178,6 +180,9 @@ def linear_slopes(
     d_logps: int,
     d_entropies: int,
     slopes: int,
+) -> int: ...
+def linear_gradient_by_product(
+    *, device: int, stream: int, head: Head, place: Exponentials, slopes: int, tilted: bool
 ) -> int: ...
 def linear_gradient(
     *,

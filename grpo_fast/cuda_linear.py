@@ -47,12 +47,11 @@ def linear_logps_fwd(
     bias = _as_vector(bias)
     logps, shifts, totals = hidden.new_empty(3, hidden.size(0), dtype=torch.float32).unbind()
     entropies = torch.empty_like(logps) if return_entropy else logps.new_empty(0)
-    bases, _, partials = _buffers(hidden)
+    partials = _buffers(hidden)[-1]
     error = _C.linear_log_probs(
         device=hidden.device.index,
         stream=stream(hidden),
         head=_head(hidden, weight, bias, index, temperature, logit_scale, softcap),
-        exponentials=_exponentials(None, bases),
         partials=partials.data_ptr(),
         logps=logps.data_ptr(),
         entropies=entropies.data_ptr() if return_entropy else 0,
@@ -135,47 +134,64 @@ def linear_logps_bwd(
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
-    mask: Tensor | None,
-    logps: Tensor,
-    entropies: Tensor | None,
-    shifts: Tensor,
-    totals: Tensor,
-    d_logps: Tensor,
-    d_entropies: Tensor | None,
+    *saved: Any,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-) -> Exponentials:
-    """What the gradient of the logits follows from, in ``out`` (N, V), by the gradients of ``linear_logps_fwd``.
+) -> None:
+    """The gradient of the logits in ``out`` (N, V) by those of ``linear_logps_fwd``, from the product itself.
+
+    Args:
+        saved: mask, the results of the forward (logps, entropies, shifts, totals) and their upstream gradients
+            (d_logps, d_entropies), (N,) or None.
 
     Raises:
         RuntimeError: A kernel was not launched.
     """
     bias = _as_vector(bias)
     head = _head(hidden, weight, bias, index, temperature, logit_scale, softcap)
-    bases, slopes, partials = _buffers(hidden)
-    native = _exponentials(out, bases)
-    device, name = hidden.device.index, "linear_selective_log_softmax"
-    none = dict.fromkeys(("logps", "entropies", "shifts", "totals"), 0)
-    error = _C.linear_log_probs(
-        device=device, stream=stream(hidden), head=head, exponentials=native, partials=partials.data_ptr(), **none
-    )
-    check(error, name, hidden)
-    error = _C.linear_slopes(
-        device=device,
+    slopes, tilted = _slopes(head, hidden, *saved)
+    error = _C.linear_gradient_by_product(
+        device=hidden.device.index,
         stream=stream(hidden),
         head=head,
-        kept=address(mask),
-        logps=logps.data_ptr(),
-        entropies=address(entropies),
-        shifts=shifts.data_ptr(),
-        totals=totals.data_ptr(),
-        d_logps=d_logps.data_ptr(),
-        d_entropies=address(d_entropies),
+        place=_exponentials(out, None),
         slopes=slopes.data_ptr(),
+        tilted=tilted,
     )
-    check(error, name, hidden)
-    return Exponentials(out, hidden, head, native, slopes, d_entropies is not None, (bias, bases, weight, index))
+    check(error, "linear_selective_log_softmax", hidden)
+
+
+def linear_exponentials(
+    out: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    *saved: Any,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Exponentials:
+    """What ``linear_logps_bwd`` has from one product, for the choice of its largest elements; no softcap.
+
+    Raises:
+        RuntimeError: A kernel was not launched.
+    """
+    bias = _as_vector(bias)
+    head = _head(hidden, weight, bias, index, temperature, logit_scale, softcap)
+    bases, _, partials = _buffers(hidden)
+    native = _exponentials(out, bases)
+    error = _C.linear_exponentials(
+        device=hidden.device.index,
+        stream=stream(hidden),
+        head=head,
+        exponentials=native,
+        partials=partials.data_ptr(),
+    )
+    check(error, "linear_selective_log_softmax", hidden)
+    slopes, tilted = _slopes(head, hidden, *saved)
+    return Exponentials(out, hidden, head, native, slopes, tilted, (bias, bases, weight, index))
 
 
 def linear_loss_rows(
@@ -249,6 +265,36 @@ def sum_of_rows(out: Tensor, starts: Tensor, columns: Tensor, weights: Tensor, m
     check(error, "the sum of rows", out)
 
 
+def _slopes(
+    head: _C.Head,
+    hidden: Tensor,
+    mask: Tensor | None,
+    logps: Tensor,
+    entropies: Tensor | None,
+    shifts: Tensor,
+    totals: Tensor,
+    d_logps: Tensor,
+    d_entropies: Tensor | None,
+) -> tuple[Tensor, bool]:
+    """(slopes (N, 4) of the gradient of the logits, whether entropies have a part in it)."""
+    slopes = _buffers(hidden)[1]
+    error = _C.linear_slopes(
+        device=hidden.device.index,
+        stream=stream(hidden),
+        head=head,
+        kept=address(mask),
+        logps=logps.data_ptr(),
+        entropies=address(entropies),
+        shifts=shifts.data_ptr(),
+        totals=totals.data_ptr(),
+        d_logps=d_logps.data_ptr(),
+        d_entropies=address(d_entropies),
+        slopes=slopes.data_ptr(),
+    )
+    check(error, "linear_selective_log_softmax", hidden)
+    return slopes, d_entropies is not None
+
+
 def _as_vector(bias: Tensor | None) -> Tensor | None:
     """As kernels read it: float32, one word after the other."""
     return None if bias is None else bias.float().contiguous()
@@ -264,10 +310,10 @@ def _buffers(hidden: Tensor) -> tuple[Tensor, ...]:
     return tuple(hidden.new_empty(hidden.size(0), k, dtype=torch.float32) for k in (1, 4, 4 * lanes))
 
 
-def _exponentials(out: Tensor | None, bases: Tensor) -> _C.Exponentials:
+def _exponentials(out: Tensor | None, bases: Tensor | None) -> _C.Exponentials:
     if out is None:
         return _C.Exponentials(values=0, stride=0, bases=0)
-    return _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=bases.data_ptr())
+    return _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=address(bases))
 
 
 def _head(

@@ -36,11 +36,13 @@ def left_by(hidden: Tensor, weight: Tensor, index: Tensor, d_logps: Tensor) -> t
     """What the product leaves, and the gradient of the logits in float64."""
     from grpo_fast import cuda_linear
 
-    options = 1.0, 1.0, None
-    logps, _, shifts, totals = cuda_linear.linear_logps_fwd(hidden, weight, None, index, *options, False)
+    options: dict[str, Any] = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None}
+    logps, _, shifts, totals = cuda_linear.linear_logps_fwd(
+        hidden, weight, None, index, **options, return_entropy=False
+    )
     out = torch.empty(index.numel(), -(-V // 8) * 8, device="cuda", dtype=torch.bfloat16)[:, :V]
     saved = None, logps, None, shifts, totals, d_logps, None
-    left = cuda_linear.linear_logps_bwd(out, hidden, weight, None, index, *saved, *options)
+    left = cuda_linear.linear_exponentials(out, hidden, weight, None, index, *saved, **options)
     p = (hidden.double() @ weight.double().t()).softmax(-1)
     truth = -p * d_logps[:, None]
     return left, truth.scatter_add(1, index[:, None], d_logps[:, None].double())

@@ -12,7 +12,7 @@ from grpo_fast.ops._chunks import ChunkedHead, Needs
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
 from grpo_fast.ops._rows import HiddenRows, Rows, may_wait
-from grpo_fast.ops._sparse import backpropagate, sparse_gradient
+from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._vocabulary_parallel import merge_rows, shard_index, sharded_linear_logps_ref, upstream_in_shard
 from grpo_fast.reference import linear_logps_ref
 
@@ -108,7 +108,7 @@ def _linear_logps(
         options = temperature, logit_scale, softcap, return_entropy
         states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
         linear = linear_kernels(
-            kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient=False
+            kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient="none"
         )
         head = ChunkedHead(
             states, weight, bias, Needs(False, False, False), workspace_bytes, keeps_logits=linear is None
@@ -197,7 +197,7 @@ def _linear_logps_backward(
             weight,
             label_smoothing=label_smoothing,
             softcap=softcap,
-            gradient=True,
+            gradient="by the product" if sparse_grad_tol is None else "by exponentials",
             sharded=group is not None,
         )
         head = ChunkedHead(
@@ -222,10 +222,14 @@ def _linear_logps_backward(
             assert logp is not None
             assert d_logp is not None
             if linear is not None:
-                rest = ids, kept, logp, h, shift, total, d_logp, d_h, temperature, logit_scale, softcap
-                left = linear.logps_backward(gradient, head.states(part), head.weight, bias, *rest)
-                backpropagate(head, part, left, sparse)
-                del left, gradient
+                rest = head.states(part), head.weight, bias, ids, kept, logp, h, shift, total, d_logp, d_h
+                options = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+                if sparse is not None:
+                    sparse.backpropagate(part, linear.exponentials(gradient, *rest, **options))
+                else:
+                    linear.logps_backward(gradient, *rest, **options)
+                    head.backpropagate(part)
+                del gradient
                 continue
             logits = head.logits(part)
             if label_smoothing:

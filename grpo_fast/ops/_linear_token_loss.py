@@ -16,7 +16,7 @@ from grpo_fast.ops._library import mutating_op, overwritten
 from grpo_fast.ops._products import gradient_dtype
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
 from grpo_fast.ops._rows import HiddenRows, Rows, may_wait
-from grpo_fast.ops._sparse import backpropagate, sparse_gradient
+from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._token_loss import METRICS
 
 #: What a row leaves behind: log-prob, entropy, weighted loss, KL, ratio, clip.
@@ -103,7 +103,12 @@ def linear_token_loss(
             entropy_items = None if entropy_items is None else entropy_items / scale
         states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
         linear = linear_kernels(
-            kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient=rows.live > 0
+            kernels,
+            states,
+            weight,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            gradient="by exponentials" if rows.live else "none",
         )
         head = ChunkedHead(
             states,
@@ -163,8 +168,11 @@ def linear_token_loss(
             gradient = head.gradient(part) if has_gradient else None
             if linear is not None:
                 left = linear.loss_rows(found, gradient, head.states(part), head.weight, bias, *rest, **options)
-                if gradient is not None:
-                    backpropagate(head, part, left, sparse)
+                if sparse is not None:
+                    sparse.backpropagate(part, left)
+                elif gradient is not None:
+                    left.gradient()
+                    head.backpropagate(part)
                 del left
             else:
                 logits = head.logits(part)

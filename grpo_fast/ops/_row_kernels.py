@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.ops._rows import HiddenRows
+
+#: Whether the kernels from hidden states are to make a gradient, and how.
+Gradient = Literal["none", "by exponentials", "by the product"]
 
 
 class LinearKernels(NamedTuple):
@@ -18,6 +21,7 @@ class LinearKernels(NamedTuple):
     loss_rows: Callable[..., Any]
     logps: Callable[..., Any]
     logps_backward: Callable[..., Any]
+    exponentials: Callable[..., Any]  # in its place, where the gradient may be sparse
     sum_of_rows: Callable[..., Any]  # a product with sparse rows
 
 
@@ -48,6 +52,7 @@ def row_kernels(impl: str) -> RowKernels:
                 cuda_linear.linear_loss_rows,
                 cuda_linear.linear_logps_fwd,
                 cuda_linear.linear_logps_bwd,
+                cuda_linear.linear_exponentials,
                 cuda_linear.sum_of_rows,
             ),
         )
@@ -67,19 +72,21 @@ def linear_kernels(
     *,
     label_smoothing: float,
     softcap: float | None,
-    gradient: bool,
+    gradient: Gradient,
     sharded: bool = False,
 ) -> LinearKernels | None:
     """Those that take these hidden states and this head, if there are any.
 
-    They do not know label smoothing. What they keep for a gradient has the digits for bfloat16, not for float16, nor
-    for the slope of a softcap near the cap; and its range is about the sampled token, which a row whose token is in
-    another shard of the vocabulary does not have.
+    They do not know label smoothing, and make gradients in bfloat16. The exponentials that they keep where a row's
+    sum is not known in time have no digits for the slope of a softcap near the cap, and their range is about the
+    sampled token, which a row whose token is in another shard of the vocabulary does not have.
     """
     linear = kernels.linear
     if linear is None or label_smoothing != 0.0:
         return None
-    if gradient and (softcap is not None or states.dtype != torch.bfloat16 or sharded):
+    if gradient != "none" and states.dtype != torch.bfloat16:
+        return None
+    if gradient == "by exponentials" and (softcap is not None or sharded):
         return None
     # One row stands for all; of none, an address would say nothing.
     if not linear.takes(states[slice(0, min(1, states.rows.total))], weight):

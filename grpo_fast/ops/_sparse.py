@@ -127,15 +127,6 @@ class SparseGradient:
             d_bias.index_put_((columns.long(),), values, accumulate=True)
 
 
-def backpropagate(head: ChunkedHead, part: slice, exponentials: Any, sparse: SparseGradient | None) -> None:
-    """Take a section from what its product left to hidden states, weight and bias."""
-    if sparse is not None:
-        sparse.backpropagate(part, exponentials)
-    else:
-        exponentials.gradient()
-        head.backpropagate(part)
-
-
 def sparse_gradient(
     head: ChunkedHead, linear: LinearKernels | None, tolerance: float | None, wait: bool
 ) -> SparseGradient | None:
