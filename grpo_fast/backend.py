@@ -25,7 +25,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear_selective_log_softmax": ("cuda", "triton", "torch"),
     "linear_grpo_loss": ("cuda", "triton", "torch"),
     "linear_cross_entropy": ("cuda", "triton", "torch"),
-    "linear_distillation_loss": ("torch",),
+    "linear_distillation_loss": ("triton", "torch"),
 }
 
 _OLDEST_CAPABILITY = (9, 0)  # of the CUDA kernels

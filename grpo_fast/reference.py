@@ -466,7 +466,10 @@ def divergence_ref(student_log_p: Tensor, teacher_log_p: Tensor, beta: float) ->
         return kl(teacher_log_p, student_log_p)
     if beta == 1.0:
         return kl(student_log_p, teacher_log_p)
-    mixture = torch.logaddexp(student_log_p + math.log(1 - beta), teacher_log_p + math.log(beta))
+    # Where neither is possible, the gradient of a mixture of -inf would be NaN.
+    neither = (student_log_p == -torch.inf) & (teacher_log_p == -torch.inf)
+    s, t = (x.masked_fill(neither, 0.0) for x in (student_log_p, teacher_log_p))
+    mixture = torch.logaddexp(s + math.log(1 - beta), t + math.log(beta))
     return beta * kl(teacher_log_p, mixture) + (1 - beta) * kl(student_log_p, mixture)
 
 

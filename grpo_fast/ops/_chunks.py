@@ -57,6 +57,41 @@ class Needs(NamedTuple):
     bias: bool
 
 
+def fake_gradients(
+    needs: Needs, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like those that ``ChunkedHead.finish`` gives, for the fakes of ops that do."""
+
+    def gradient(x: Tensor | None, needed: bool) -> Tensor:
+        if x is None or not needed:
+            return weight.new_empty(0)
+        return x.new_empty(x.shape, dtype=gradient_dtype(x))
+
+    return gradient(hidden, needs.hidden), gradient(weight, needs.weight), gradient(bias, needs.bias)
+
+
+class Projection:
+    """A head's logits, float32, in memory that every call uses again.
+
+    Args:
+        weight: (V, H).
+        bias: (V,), or None.
+        rows: How many there is memory for.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self._weight, self._bias = weight, bias
+        self.logits = weight.new_empty(rows, _row_width(weight), dtype=torch.float32)[:, : weight.size(0)]
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """(n, V) of ``states`` (n, H), which are in the precision of the weight."""
+        logits = self.logits[: states.size(0)]
+        product(states, self._weight.t(), logits)
+        if self._bias is not None:
+            logits += self._bias
+        return logits
+
+
 class ChunkedHead:
     """A head over chunks of hidden states.
 
@@ -71,6 +106,7 @@ class ChunkedHead:
         group: Of ranks that have a shard of the vocabulary each, over which the gradient of ``hidden`` is added up.
         keeps_logits: Whether there are logits in memory.
         sparse: Whether rows of the gradient may be sparse; a ``SparseGradient`` then takes those.
+        logits_a_row: How many rows of logits the workspace has for each, with those ``beside`` this head's.
     """
 
     def __init__(
@@ -85,6 +121,7 @@ class ChunkedHead:
         group: str | None = None,
         keeps_logits: bool = True,
         sparse: bool = False,
+        logits_a_row: int = 1,
     ) -> None:
         V, H = weight.shape
         hidden = states.hidden
@@ -94,10 +131,9 @@ class ChunkedHead:
         self.weight = weight.to(self.dtype)
         self._states = states
 
-        # On a GPU rows begin at multiples of 16 bytes, whatever V is. On a CPU torch's product in bfloat16 may read
-        # what fills them up.
-        width = -(-V // 8) * 8 if weight.is_cuda else V
-        self._chunk_rows = self._section_rows = max(workspace_bytes // (4 * width), 1)
+        width = _row_width(weight)
+        kept_bytes = 4 * width * logits_a_row
+        self._chunk_rows = self._section_rows = max(workspace_bytes // kept_bytes, 1)
         if not keeps_logits:
             a_row = float(self.dtype.itemsize * width)
             if sparse:  # what cannot be is copied
@@ -108,16 +144,16 @@ class ChunkedHead:
             self._chunk_rows = min(self._chunk_rows, PASSING_ROWS)
         elif self.dtype != torch.float32:
             self._chunk_rows = _to_tiles(self._chunk_rows // LOGITS_SHARE)
-            left = workspace_bytes // width - 4 * self._chunk_rows
-            self._section_rows = max(left // self.dtype.itemsize, self._chunk_rows)
+            left = workspace_bytes - kept_bytes * self._chunk_rows
+            self._section_rows = max(left // (self.dtype.itemsize * width), self._chunk_rows)
         self._section = slice(0, 0)
         longest = {
             live: max((_length(section) for section, of_live in self._sections() if of_live == live), default=0)
             for live in (True, False)
         }
         kept = min(max(longest.values()), self._chunk_rows) if keeps_logits else 0
-        self._logits = weight.new_empty(kept, width, dtype=torch.float32)[:, :V]
-        self._gradient = self._logits  # over the logits, an element in the place of another
+        self._project = Projection(self.weight, bias, kept)
+        self._gradient = self._project.logits  # over the logits, an element in the place of another
         if self.dtype != torch.float32 or not keeps_logits:
             self._gradient = weight.new_empty(longest[True], width, dtype=self.dtype)[:, :V]
 
@@ -168,11 +204,11 @@ class ChunkedHead:
 
     def logits(self, rows: slice) -> Tensor:
         """(n, V) float32, in memory that the next call uses again."""
-        logits = self._logits[: _length(rows)]
-        product(self.states(rows), self.weight.t(), logits)
-        if self._bias is not None:
-            logits += self._bias
-        return logits
+        return self._project(self.states(rows))
+
+    def beside(self, weight: Tensor, bias: Tensor | None) -> Projection:
+        """Another head over the same vocabulary, with memory for the logits of a chunk of rows."""
+        return Projection(weight, bias, self._project.logits.size(0))
 
     def gradient(self, rows: slice) -> Tensor:
         """(n, V), where the gradient of the logits of these rows is to be written."""
@@ -242,7 +278,7 @@ class ChunkedHead:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in ``gradient_dtype``; empty where there is none to hand out."""
-        del self._logits, self._gradient  # their memory, before the weight's gradient is rounded
+        del self._project, self._gradient  # their memory, before the weight's gradient is rounded
         d_hidden, d_weight, d_bias = (self.weight.new_empty(0) for _ in range(3))
         for total in (self._d_weight, self._d_bias):
             if total is not None and self._scale is not None:
@@ -259,6 +295,16 @@ class ChunkedHead:
         if self._d_bias is not None and self._bias is not None:
             d_bias = self._d_bias.to(gradient_dtype(self._bias))
         return d_hidden, d_weight, d_bias
+
+
+def _row_width(weight: Tensor) -> int:
+    """How far apart rows of logits of ``weight`` (V, H) lie.
+
+    On a GPU they begin at multiples of 16 bytes, whatever V is. On a CPU torch's product in bfloat16 may read what
+    fills them up.
+    """
+    V = weight.size(0)
+    return -(-V // 8) * 8 if weight.is_cuda else V
 
 
 def _length(rows: slice) -> int:

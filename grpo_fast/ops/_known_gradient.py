@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops._library import mutating_op, overwritten
+from grpo_fast.ops._linear_logps import as_rows
 from grpo_fast.ops._row_kernels import row_kernels
 
 
@@ -29,7 +30,7 @@ class KnownGradientFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None, None]
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            _scale_gradient(gradient[(None,) * (3 - gradient.dim())], upstream, ctx.impl)
+            _scale_gradient(as_rows(gradient), upstream, ctx.impl)
             overwritten(gradient)
             grads += [gradient.to(dtype), None]
         return tuple(grads)

@@ -69,7 +69,7 @@ def linear_logps(
 
 
 def as_rows(hidden: Tensor) -> Tensor:
-    """Hidden states (..., H) as (B, T, H), which leaves the strides of these two alone."""
+    """Hidden states (..., H), or their gradient, as (B, T, H), which leaves the strides of these two alone."""
     while hidden.dim() < 3:
         hidden = hidden.unsqueeze(0)
     return hidden.flatten(0, -3)

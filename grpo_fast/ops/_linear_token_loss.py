@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops._checks import Shapes
-from grpo_fast.ops._chunks import ChunkedHead, Needs
+from grpo_fast.ops._chunks import ChunkedHead, Needs, fake_gradients
 from grpo_fast.ops._known_gradient import KnownGradientFunction
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._library import mutating_op, overwritten
-from grpo_fast.ops._products import gradient_dtype
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
 from grpo_fast.ops._rows import HiddenRows, Rows, may_wait
 from grpo_fast.ops._sparse import sparse_gradient
@@ -33,17 +32,9 @@ def _fake_token_loss(
     needs: list[bool],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def gradient(x: Tensor | None, needed: bool) -> Tensor:
-        if x is None or not needed:
-            return weight.new_empty(0)
-        return x.new_empty(x.shape, dtype=gradient_dtype(x))
-
-    return (
-        weight.new_empty(ROW_RESULTS, index.numel(), dtype=torch.float32),
-        gradient(hidden, needs[0]),
-        gradient(weight, needs[1] and weight_grad_out is None),
-        gradient(bias, needs[2]),
-    )
+    kept = Needs(needs[0], needs[1] and weight_grad_out is None, needs[2])
+    rows = weight.new_empty(ROW_RESULTS, index.numel(), dtype=torch.float32)
+    return rows, *fake_gradients(kept, hidden, weight, bias)
 
 
 @mutating_op("linear_token_loss", mutates="weight_grad_out", fake=_fake_token_loss)

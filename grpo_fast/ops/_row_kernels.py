@@ -34,6 +34,7 @@ class RowKernels(NamedTuple):
     logps_backward: Callable[..., Any]  # the gradient of the logits from those of log-probs and entropy
     scale_gradient: Callable[..., Any]  # a gradient times a scalar that the host does not know
     linear: LinearKernels | None = None
+    divergence_rows: Callable[..., Any] | None = None  # of a student's logits from a teacher's, and its gradient
 
 
 def row_kernels(impl: str) -> RowKernels:
@@ -58,11 +59,19 @@ def row_kernels(impl: str) -> RowKernels:
         )
     assert impl == "triton", impl
     from grpo_fast.kernels._results import sum_rows
+    from grpo_fast.kernels.distillation_loss import divergence_rows
     from grpo_fast.kernels.grpo_loss import grpo_loss_rows
     from grpo_fast.kernels.scale_gradient import scale_gradient
     from grpo_fast.kernels.selective_log_softmax import selective_log_softmax_bwd, selective_log_softmax_fwd
 
-    return RowKernels(grpo_loss_rows, sum_rows, selective_log_softmax_fwd, selective_log_softmax_bwd, scale_gradient)
+    return RowKernels(
+        grpo_loss_rows,
+        sum_rows,
+        selective_log_softmax_fwd,
+        selective_log_softmax_bwd,
+        scale_gradient,
+        divergence_rows=divergence_rows,
+    )
 
 
 def linear_kernels(

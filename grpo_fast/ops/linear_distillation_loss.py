@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import MASKS, Shapes, check_choice, check_logits_options
-from grpo_fast.ops.linear_cross_entropy import Reduction, check_num_items, reduce_tokens
-from grpo_fast.ops.linear_selective_log_softmax import check_head
+from grpo_fast.ops._chunks import check_workspace, wanted
+from grpo_fast.ops._linear_divergence import linear_divergence
+from grpo_fast.ops._linear_logps import as_rows
+from grpo_fast.ops._linear_token_loss import known_gradients
+from grpo_fast.ops.linear_cross_entropy import Reduction, check_num_items, divisor, reduce_tokens
+from grpo_fast.ops.linear_selective_log_softmax import check_head, most_precise
 from grpo_fast.reference import linear_divergence_ref
 
 
@@ -30,9 +35,15 @@ def linear_distillation_loss(
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    workspace_bytes: int | None = None,
+    allow_sync: bool = True,
     impl: str | None = None,
 ) -> Tensor:
     """Generalized Jensen-Shannon divergence of each token (GKD, arXiv 2306.13649); no logits whole in memory.
+
+    With a reduction, the kernels have loss and gradients from one sweep over chunks of both models' logits, like
+    ``linear_cross_entropy``: four matrix products, and one backward. With ``"none"`` the backward knows the gradient
+    of each token first, and projects both models again.
 
     Args:
         student_hidden: (..., student H) float.
@@ -47,7 +58,10 @@ def linear_distillation_loss(
         num_items_in_batch: With ``"mean"``, the number to divide by instead, a number or a 0-d tensor.
         temperature: Divides both models' logits.
         student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap: As in ``selective_log_softmax``.
-        impl: None, or an implementation by name.
+        workspace_bytes: What the kernels keep both models' logits of a chunk and their gradient in; at most 2 GiB
+            where it is None.
+        allow_sync: As in ``linear_grpo_loss``.
+        impl: None, or an implementation by name: ``"triton"`` or ``"torch"``.
 
     Returns:
         A scalar, or (...,) with ``"none"``, in nats; float32, or float64 for float64 inputs.
@@ -70,21 +84,49 @@ def linear_distillation_loss(
     check_num_items(shapes, num_items_in_batch, reduction)
     check_logits_options(temperature, student_logit_scale, student_softcap)
     check_logits_options(temperature, teacher_logit_scale, teacher_softcap)
-    backend.choose("linear_distillation_loss", impl, student_hidden)
+    workspace = check_workspace(workspace_bytes)
+    precision = most_precise(
+        most_precise(student_hidden, student_weight), most_precise(teacher_hidden, teacher_weight)
+    )
+    implementation = backend.choose("linear_distillation_loss", impl, precision)
 
-    divergence = linear_divergence_ref(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
+    options: dict[str, Any] = dict(
         beta=float(beta),
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        mask=completion_mask,
         temperature=temperature,
         student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale,
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
     )
-    return reduce_tokens(divergence, completion_mask, reduction, num_items_in_batch)
+    if implementation == "torch":
+        divergence = linear_divergence_ref(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            mask=completion_mask,
+            **options,
+        )
+        return reduce_tokens(divergence, completion_mask, reduction, num_items_in_batch)
+
+    options |= dict(workspace_bytes=workspace, allow_sync=allow_sync, impl=implementation)
+    mask = None if completion_mask is None else completion_mask.reshape(-1).bool()
+    student = (as_rows(student_hidden), student_weight, student_bias)
+    teacher = (as_rows(teacher_hidden), teacher_weight, teacher_bias)
+    teacher = tuple(None if x is None else x.detach() for x in teacher)
+    if reduction == "none":
+        divergence, *_ = linear_divergence(*student, *teacher, mask, None, [False] * 3, **options)
+        return divergence.view(student_hidden.shape[:-1])
+
+    needs = wanted(student_hidden, student_weight, student_bias)
+    counted = student_hidden.new_ones(student_hidden.shape[:-1], dtype=torch.bool).view(-1) if mask is None else mask
+    token_weights = counted.float() / (divisor(counted, num_items_in_batch) if reduction == "mean" else 1.0)
+    divergence, *gradients = linear_divergence(
+        *(None if x is None else x.detach() for x in student), *teacher, mask, token_weights, needs, **options
+    )
+    loss = (divergence * token_weights).sum()
+    return known_gradients(
+        loss, (student_hidden, student_weight, student_bias), gradients, needs, None, implementation
+    )
