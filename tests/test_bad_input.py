@@ -151,6 +151,7 @@ DISTILLATION_ERRORS = [
     ({"reduction": "batchmean"}, "reduction: got 'batchmean'"),
     ({"teacher_logit_scale": 0.0}, "logit_scale: got 0.0"),
     ({"student_softcap": -2.0}, "softcap: got -2.0"),
+    ({"workspace_bytes": 0}, "workspace_bytes: got 0, want at least 1"),
     *LOGITS_OPTIONS,
 ]
 BAD: dict[str, list[tuple[dict[str, Any], str]]] = {

@@ -19,6 +19,7 @@ import torch
 
 trl = pytest.importorskip("trl", minversion="1.16")
 
+from conftest import DEVICE, rand  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
@@ -504,17 +505,18 @@ def test_all_outputs_of_the_patched_function(patched: None) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_the_patched_divergence(beta: float, patched: None) -> None:
+def test_the_patched_divergence(beta: float, impl: str, patched: None) -> None:
     """Of models of different widths, with biases, scales and softcaps, which few architectures have."""
-    g = torch.Generator().manual_seed(0)
+    patch_trl(impl=impl)
     shapes = ((9, 8), (33, 8), (33,), (9, 6), (33, 6), (33,))
-    arguments = [torch.randn(shape, generator=g, requires_grad=True) for shape in shapes]
+    arguments = [rand(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
     results = []
     for function in (_THEIR_DIVERGENCE, distillation_trainer.ChunkedDivergenceFunction):
         divergence, entropy = function.apply(*arguments, beta, 0.7, 1.3, 2.0, 0.8, 3.0)
         assert not entropy.requires_grad
-        grads = torch.autograd.grad((divergence * torch.arange(9)).sum(), arguments[:3])
+        grads = torch.autograd.grad((divergence * torch.arange(9, device=DEVICE)).sum(), arguments[:3])
         results.append([divergence, entropy, *grads])
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -33,7 +33,7 @@ def patch_trl(*, impl: str | None = None) -> None:
     gradient of it is of its own batch alone, as in TRL 1.16; ``FastGRPOTrainer`` averages it over ranks.
 
     Args:
-        impl: As in the ops. One that an op has no kernel for raises when a trainer calls that op.
+        impl: As in the ops. ``"cuda"`` raises where a trainer asks for a divergence, which has no such kernel.
 
     Raises:
         ValueError: ``impl`` is no implementation's name.

@@ -113,20 +113,20 @@ def linear_distillation_loss(
 
     options |= dict(workspace_bytes=workspace, allow_sync=allow_sync, impl=implementation)
     mask = None if completion_mask is None else completion_mask.reshape(-1).bool()
-    student = (as_rows(student_hidden), student_weight, student_bias)
-    teacher = (as_rows(teacher_hidden), teacher_weight, teacher_bias)
-    teacher = tuple(None if x is None else x.detach() for x in teacher)
+    student = as_rows(student_hidden), student_weight, student_bias
+    teacher = _detached(as_rows(teacher_hidden), teacher_weight, teacher_bias)
     if reduction == "none":
-        divergence, *_ = linear_divergence(*student, *teacher, mask, None, [False] * 3, **options)
-        return divergence.view(student_hidden.shape[:-1])
+        single: Tensor = linear_divergence(*student, *teacher, mask, None, [False] * 3, **options)[0]
+        return single.view(student_hidden.shape[:-1])
 
-    needs = wanted(student_hidden, student_weight, student_bias)
+    inputs = student_hidden, student_weight, student_bias
+    needs = wanted(*inputs)
     counted = student_hidden.new_ones(student_hidden.shape[:-1], dtype=torch.bool).view(-1) if mask is None else mask
     token_weights = counted.float() / (divisor(counted, num_items_in_batch) if reduction == "mean" else 1.0)
-    divergence, *gradients = linear_divergence(
-        *(None if x is None else x.detach() for x in student), *teacher, mask, token_weights, needs, **options
-    )
+    divergence, *gradients = linear_divergence(*_detached(*student), *teacher, mask, token_weights, needs, **options)
     loss = (divergence * token_weights).sum()
-    return known_gradients(
-        loss, (student_hidden, student_weight, student_bias), gradients, needs, None, implementation
-    )
+    return known_gradients(loss, inputs, gradients, needs, None, implementation)
+
+
+def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.detach() for x in tensors]
