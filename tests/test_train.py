@@ -57,13 +57,15 @@ def policy() -> Policy:
     return load_policy("tiny", device="cpu", seed=3)
 
 
-def draw(policy: Policy, temperature: float = 1.0, seed: int = 0, group_size: int = 3) -> Rollout:
+def draw(
+    policy: Policy, temperature: float = 1.0, seed: int = 0, group_size: int = 3, length: int = 20
+) -> Rollout:
     problems = load_task("basic_arithmetic").problems("train", 0, 5)
     return sample(
         policy,
         [policy.prompt(p) for p in problems],
         group_size=group_size,
-        max_new_tokens=20,
+        max_new_tokens=length,
         temperature=temperature,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -114,6 +116,19 @@ def test_sampling_is_repeatable_and_greedy_is_greedy(policy: Policy) -> None:
     assert not torch.equal(draw(policy, seed=1).completion_ids, draw(policy, seed=2).completion_ids)
     greedy = draw(policy, temperature=0.0)
     assert torch.equal(greedy.completion_ids[0::3], greedy.completion_ids[1::3])
+
+
+def test_a_completion_does_not_depend_on_when_others_end(policy: Policy) -> None:
+    """Each token is the winner of the race over noise for all rows, though rows that have ended are dropped."""
+    batch = draw(policy, temperature=3.0, length=80)
+    rows, length = batch.completion_ids.shape
+    assert batch.completion_mask[:, length // 2].float().mean() < 0.75  # some are dropped on the way
+    log_p = policy.log_probs(batch.hidden_states(policy).flatten(0, 1), 3.0).view(rows, length, -1)
+    generator = torch.Generator().manual_seed(0)
+    for position in range(length):
+        noise = torch.empty_like(log_p[:, position]).exponential_(generator=generator)
+        token = (log_p[:, position].exp() / noise).argmax(-1).where(batch.completion_mask[:, position], policy.pad_id)
+        assert torch.equal(token, batch.completion_ids[:, position])
 
 
 def test_sampling_follows_the_distribution(policy: Policy) -> None:

@@ -112,7 +112,8 @@ def _decode(
     """(ids, logps, kept (B, T), alive (B,)) after as many steps as the longest completion has tokens.
 
     Rows that have ended are dropped whenever a quarter of those left have: a step's time goes by its rows, and by
-    what the cache holds, which grows by copying.
+    what the cache holds, which grows by copying. Noise is drawn for all of them, so that what a completion says does
+    not depend on when others end.
     """
     rows, width = prompt_mask.shape
     mask = prompt_mask.new_zeros(rows, width + max_new_tokens)  # of the rows left, as are hidden and alive
@@ -123,11 +124,11 @@ def _decode(
     left = torch.arange(rows, device=policy.device)
     alive = prompt_mask.new_ones(rows)
     for position in range(max_new_tokens):
-        log_p = policy.log_probs(hidden, temperature or 1.0)  # (B, V)
-        noise = torch.empty_like(log_p)
+        log_p = policy.log_probs(hidden, temperature or 1.0)  # (rows left, V)
+        noise = log_p.new_empty(rows, log_p.size(1))
         if temperature > 0:
             noise.exponential_(generator=generator)
-        token = next_token(log_p, temperature, noise).where(alive, policy.pad_id)
+        token = next_token(log_p, temperature, noise[left]).where(alive, policy.pad_id)
         ids[left, position] = token
         logps[left, position] = log_p.gather(-1, token[:, None]).squeeze(-1).where(alive, 0.0)
         kept[left, position] = mask[:, width + position] = alive
