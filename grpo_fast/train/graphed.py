@@ -77,9 +77,7 @@ class GraphedDecoder:
         self.logps = torch.empty(rows, length, device=device)
         self.kept = torch.empty(rows, length, dtype=torch.bool, device=device)
         self.alive = torch.empty(rows, dtype=torch.bool, device=device)
-        self._hidden = torch.empty(
-            rows, head.size(1), dtype=torch.bfloat16 if policy.autocast else head.dtype, device=device
-        )
+        self._hidden = torch.empty(rows, head.size(1), device=device)  # float32, as autocast leaves them
         self._noise = torch.ones(rows, head.size(0), device=device)
         self._mask = torch.empty(rows, 1, 1, total, dtype=torch.bool, device=device)
         self._positions = torch.empty(rows, 1, dtype=torch.int64, device=device)
@@ -172,9 +170,14 @@ _DECODERS: weakref.WeakKeyDictionary[Any, OrderedDict[Any, GraphedDecoder]] = we
 
 
 def can_be_graphed(policy: Policy, cache: Cache) -> bool:
-    """Whether a policy decodes so: on a GPU, with plain attention over all that came before, in every layer."""
+    """Whether a policy decodes so: on a GPU, with plain attention over all that came before, in every layer.
+
+    And by a model that asks the host nothing on the way, which transformers says of those that compile as a whole.
+    """
+    if policy.device.type != "cuda" or not policy.model._can_compile_fullgraph:
+        return False
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)
-    return policy.device.type == "cuda" and plain and policy.model.config._attn_implementation == "sdpa"
+    return plain and policy.model.config._attn_implementation == "sdpa"
 
 
 def graphed_decoder(
@@ -186,6 +189,7 @@ def graphed_decoder(
     key = (rows, width, length, temperature)
     found = known.pop(key, None)
     if found is None or not found.fits(policy):
+        found = None  # its memory is the next one's
         while len(known) >= _KEPT:
             known.popitem(last=False)
         found = GraphedDecoder(policy, cache, *key)
