@@ -141,8 +141,8 @@ class GraphedDecoder:
                 input_ids=token[:, None],
                 attention_mask=self._mask[..., : self._cache.end],
                 position_ids=self._positions,
-                past_key_values=self._cache,
                 use_cache=True,
+                **{policy.cache_name: self._cache},
             )
         self._hidden.copy_(out.last_hidden_state[:, -1])
         self._slot.add_(1)

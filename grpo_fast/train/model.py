@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,8 @@ class Policy:
         tokenizer: Its tokenizer.
         device: Where it is.
         autocast: Compute in bfloat16 (weights stay float32): on a GPU, for pretrained models.
+        cache_name: What the model calls its key-value cache, as an argument and in its output: ``"cache"`` from
+            transformers 5.24 on, ``"past_key_values"`` before.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, compact: bool, device: torch.device) -> None:
@@ -48,6 +51,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.device = device
         self.autocast = device.type == "cuda" and not compact
+        arguments = inspect.signature(model.base_model.forward).parameters
+        self.cache_name = "cache" if "cache" in arguments else "past_key_values"
         self._compact = compact
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

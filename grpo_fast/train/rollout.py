@@ -75,7 +75,7 @@ def sample(
 
     # Each prompt is read once; its keys and values are then shared out to its group.
     out = policy.forward(prompt_ids, prompt_mask, use_cache=True)
-    cache = out.past_key_values
+    cache = getattr(out, policy.cache_name)
     hidden = out.last_hidden_state[:, -1].repeat_interleave(group_size, 0)  # (B, H)
     prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
     if can_be_graphed(policy, cache):
@@ -140,7 +140,7 @@ def _decode(
             cache.batch_select_indices(going)
             mask, token, left, alive = (x[going] for x in (mask, token, left, alive))
         seen = mask[:, : width + position + 1]
-        out = policy.forward(token[:, None], seen, past_key_values=cache, use_cache=True)
+        out = policy.forward(token[:, None], seen, use_cache=True, **{policy.cache_name: cache})
         hidden = out.last_hidden_state[:, -1]
     unended = prompt_mask.new_zeros(rows)
     unended[left] = alive
