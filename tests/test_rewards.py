@@ -103,7 +103,7 @@ def test_no_thought_has_no_language(text: str) -> None:
     assert language_consistency_reward(script_words("latin"))([text]) == [0.0]
 
 
-@pytest.mark.parametrize("script", ["", "klingon", "lat"])
+@pytest.mark.parametrize("script", ["", "klingon", "lat", "digit"])  # no letter is a digit
 def test_an_unknown_script_is_refused(script: str) -> None:
     with pytest.raises(ValueError, match=f"language: got '{script}'"):
         script_words(script)

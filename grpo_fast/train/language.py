@@ -23,7 +23,8 @@ def script_words(language: str) -> Callable[[str], list[bool]]:
         ValueError: No letter's name begins so.
     """
     prefix = f"{language.upper()} "
-    if not any(unicodedata.name(chr(code), "").startswith(prefix) for code in range(0x20000)):
+    letters = (c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "L")
+    if not any(unicodedata.name(c, "").startswith(prefix) for c in letters):
         raise ValueError(
             f"language: got {language!r}, want how names in Unicode begin, such as 'latin' or 'cyrillic'"
         )
