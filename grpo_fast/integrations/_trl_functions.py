@@ -166,6 +166,7 @@ class _LinearDivergence:
                 logit_scale=student_logit_scale,
                 softcap=student_softcap,
                 return_entropy=True,
+                workspace_bytes=WORKSPACE_BYTES,
                 impl=self.impl,
             )
         return divergence, entropy

@@ -153,6 +153,7 @@ class FastGRPOTrainer(GRPOTrainer):
                 mask=mask,
                 temperature=self.temperature,
                 return_entropy=True,
+                workspace_bytes=WORKSPACE_BYTES,
                 impl=self._impl,
                 **head.options,
             )
