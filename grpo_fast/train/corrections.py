@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from grpo_fast.train.tasks import WAIT
+from grpo_fast.train.items import WAIT
 
 _STEP = re.compile(r"(-?\d+)([+-])(\d+)=(-?\d+)(?:,-?\d+)?")
 
