@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def test_argparse_refuses_with_exit_code_2(arguments: list[str], capsys: pytest.
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert not arguments or any(argument in printed for argument in arguments[-2:])
+
+
+def test_an_option_that_needs_an_extra_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
+    options = ["--rollout", "vllm", "--vllm-server", "http://localhost:8000", "--out", str(tmp_path / "run")]
+    assert main(["train", *options]) == 2
+    printed = capsys.readouterr().err
+    assert "pip install 'grpo_fast[train,vllm]'" in printed
+    assert printed.count("\n") == 1
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:

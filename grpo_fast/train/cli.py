@@ -21,7 +21,7 @@ examples:
   grpo-fast train                              a tiny model learns sums, a few minutes on a laptop
   grpo-fast train --task gcd --out runs/gcd    another task; see 'grpo-fast train --help' for all
   grpo-fast train --resume runs/demo           go on after Ctrl-C, to the same result
-  grpo-fast r1                                 the whole recipe of R1, distillation too, half an hour
+  grpo-fast r1                                 the whole recipe of R1, distillation too, some 20 minutes
   grpo-fast eval runs/demo --problems 500      measure the trained model again
   grpo-fast bench --quick                      time the ops on this machine, beside their peers
   grpo-fast fetch smollm2-135m                 a real pretrained model, 98 MB, then:
@@ -35,9 +35,10 @@ and the well-formed ones, and push the model toward those that beat their group'
 report.md (what happened, to look at), summary.json, metrics.jsonl, tensorboard/, model/ and checkpoint/.
 Settings come from defaults, then the model's preset, then --config, then the flags below."""
 _R1_HELP = """\
-RL from a short cold start (R1-Zero); RL after a cold start (R1); the teacher's verified traces; a student of a
-quarter of its size that learns them; RL on that student, and on one that has learned none. Ends with report.html.
-What was stopped goes on when the command is given again."""
+RL from a short cold start (R1-Zero); RL after a longer one, with a reward for thoughts in the language of the traces
+(R1, the teacher); the teacher's verified traces; a student of a quarter of its size that learns them; RL on that
+student, and on one that has learned none. Ends with report.html. What was stopped goes on when the command is given
+again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = options.pop("run")
     try:
         run(options, shlex.join(["grpo-fast", *arguments]))
-    except ValueError as error:
+    except (ImportError, ValueError) as error:  # the first names an extra that an option needs
         print(f"grpo-fast: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     r1.set_defaults(run=_r1)
     r1.add_argument(
-        "--preset", choices=("tiny", "small"), default="tiny", help="tiny, for two CPU cores, or small, for one GPU"
+        "--preset", choices=("tiny", "small"), default="tiny", help="for a CPU, or for one GPU (default: tiny)"
     )
     r1.add_argument("--out", type=Path, default=Path("runs/r1"), help="folder of all stages (default: runs/r1)")
     r1.add_argument("--seed", type=int, default=0, help="everything random follows from it (default: 0)")

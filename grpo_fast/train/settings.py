@@ -75,9 +75,7 @@ class Settings:
 
     format_weight: float = _setting(0.1, "reward for <think>...</think><answer>...</answer>; a right answer is 1")
     language_weight: float = _setting(0.0, "reward for the share of the thought's words that are of the language")
-    language: str = _setting(
-        "trace", "that of the thought: 'trace', as the task's own traces, or a script, such as 'latin'"
-    )
+    language: str = _setting("trace", "that of the thought: 'trace', the task's own, or a script, such as 'latin'")
     overlong_buffer: int = _setting(0, "soft overlong penalty over the last so many tokens; 0 for none")
     repetition_weight: float = _setting(0.0, "penalty for repeated 4-grams of tokens, at most this; 0 for none")
     reward: str = _setting("", "a reward function of your own, 'module:function', added with weight 1")
