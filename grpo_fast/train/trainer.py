@@ -64,8 +64,10 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, command: st
     run = Run(settings, folder, command, ranks)
     try:
         if run.phase == COLD_START:
-            run.cold_start()
+            stopped = run.cold_start()
             run.begin_grpo()
+            if stopped:
+                raise RunStopped
         run.grpo()
         return run.finish()
     finally:
@@ -133,8 +135,12 @@ class Run:
 
     # Phases ----------------------------------------------------------------------------------------------------
 
-    def cold_start(self) -> None:
-        """Supervised steps on worked traces until the sampled accuracy on dev problems is high enough."""
+    def cold_start(self) -> bool:
+        """Supervised steps on worked traces until the sampled accuracy on dev problems is high enough.
+
+        Returns whether a signal came in the last of them, which ends the run once GRPO has its first checkpoint: on
+        one of the cold start it would go on with more steps.
+        """
         s = self.settings
         self.policy.model.train()
         with progress("cold start", s.cold_start_steps, self.done, self.ranks.first) as advance, stop_flag() as stop:
@@ -150,8 +156,9 @@ class Run:
                 self.done += 1
                 advance(f"loss {sum(self.ranks.gather(loss.item())):.3f}")
                 if self.done % s.cold_start_check == 0 and self.accuracy_now() >= s.cold_start_until:
-                    break
+                    return self.ranks.any(stop())
                 self.save_if_due(stop(), last=False)
+        return False
 
     def begin_grpo(self) -> None:
         """Keep the model as it is: it is measured, and it is the reference of the KL term."""
