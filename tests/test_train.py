@@ -130,6 +130,11 @@ def test_a_completion_does_not_depend_on_when_others_end(policy: Policy) -> None
         assert torch.equal(token, batch.completion_ids[:, position])
 
 
+def test_a_prompt_of_nothing_is_refused(policy: Policy) -> None:
+    with pytest.raises(ValueError, match=r"prompts: got no tokens in prompt 1, want one at least in each"):
+        sample(policy, [[5], []], group_size=2, max_new_tokens=3, temperature=1.0, generator=None)
+
+
 def test_sampling_follows_the_distribution(policy: Policy) -> None:
     """First tokens of many samples against the model's probabilities (chi-squared-like bound)."""
     batch = draw(policy, group_size=2000)
@@ -281,6 +286,27 @@ def test_a_resumed_run_is_the_same_run(
         assert resumed["command"] == summary["command"]
     final = [checkpoint.load_file(f / "model" / "model.safetensors") for f in (tmp_path / "run", folder)]
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[1])
+
+
+def test_a_signal_in_the_last_step_of_the_cold_start_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SMALL, cold_start_until=0.0, steps=1)  # ended by the first look, after step 2
+    train(settings, tmp_path / "whole")
+    original = trainer.accuracy_reward
+
+    def interrupt(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "accuracy_reward", interrupt)
+    with pytest.raises(RunStopped):
+        train(settings, tmp_path / "run")
+    monkeypatch.undo()
+    state = checkpoint.read_state(tmp_path / "run" / "checkpoint")
+    assert (state["phase"], state["done"]) == ("grpo", 0)
+    train(settings, tmp_path / "run", resume=True)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
 def test_a_folder_with_a_run_is_not_overwritten(whole: tuple[Path, dict[str, Any]]) -> None:

@@ -51,7 +51,13 @@ class Rollout:
 
 
 def pad_left(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids as one tensor (B, P), padded on the left, and its mask."""
+    """Token ids as one tensor (B, P), padded on the left, and its mask.
+
+    Raises:
+        ValueError: A row is empty, so that nothing would predict what follows it.
+    """
+    if not all(rows):
+        raise ValueError(f"prompts: got no tokens in prompt {[*map(len, rows)].index(0)}, want one at least in each")
     width = max(map(len, rows))
     ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -69,9 +75,9 @@ def sample(
     generator: torch.Generator | None,
 ) -> Rollout:
     """Sample ``group_size`` completions of each prompt; ``temperature`` 0 takes the likeliest token instead."""
+    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
     was_training = policy.model.training
     policy.model.eval()
-    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
 
     # Each prompt is read once; its keys and values are then shared out to its group.
     out = policy.forward(prompt_ids, prompt_mask, use_cache=True)
