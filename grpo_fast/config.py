@@ -114,6 +114,11 @@ class GRPOLossConfig:
         """``epsilon_high``, or ``epsilon_low`` where it is None."""
         return self.epsilon_low if self.epsilon_high is None else self.epsilon_high
 
+    @property
+    def divides_by_items(self) -> bool:
+        """Whether the loss is divided by ``num_items_in_batch``, the tokens of all processes and micro-batches."""
+        return self.loss_type in ("dapo", "cispo", "vespo")
+
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loss_type": get_args(LossType),

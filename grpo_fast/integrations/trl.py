@@ -36,9 +36,6 @@ from grpo_fast.integrations._trl_functions import log_probs_by, patch_trl, unpat
 
 __all__ = ["FastGRPOTrainer", "loss_config", "patch_trl", "unpatch_trl"]
 
-#: Loss types that divide by the number of tokens in the whole batch.
-_BY_ITEMS = ("dapo", "cispo", "vespo")
-
 # What becomes of the states that predict the completion, and of the head, inside the model's forward.
 _Objective = Callable[[Tensor, Head], Any]
 
@@ -99,7 +96,7 @@ class FastGRPOTrainer(GRPOTrainer):
                 sampling_logps=inputs.get("sampling_per_token_logps"),
                 importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
                 entropy_mask=entropy_mask,
-                num_items_in_batch=inputs["num_items_in_batch"] if config.loss_type in _BY_ITEMS else None,
+                num_items_in_batch=inputs["num_items_in_batch"] if config.divides_by_items else None,
                 temperature=self.temperature,
                 config=config,
                 workspace_bytes=WORKSPACE_BYTES,
@@ -111,7 +108,7 @@ class FastGRPOTrainer(GRPOTrainer):
         (out, entropy_mask), aux_loss = self._forward_to(objective, model, inputs)
         loss: Tensor = out.loss * scale
         if self._entropy_bonus_enabled:
-            policy_loss = out.metrics["policy_loss"] * (scale if config.loss_type in _BY_ITEMS else 1.0)
+            policy_loss = out.metrics["policy_loss"] * (scale if config.divides_by_items else 1.0)
             self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
             if mode == "train":
                 self._control_entropy(out.entropy, mask if entropy_mask is None else mask * entropy_mask)
@@ -162,7 +159,7 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def _loss_scale(self, mode: str, accumulation: int) -> float:
         """What the loss of one micro-batch is multiplied by, for their sum over an optimizer step to be TRL's."""
-        if self.loss_type not in _BY_ITEMS:
+        if not self._loss_config.divides_by_items:
             return 1 / accumulation
         # The items are those of the whole generation batch; gradients are averaged over processes.
         steps = self.args.steps_per_generation / accumulation if mode == "train" else 1.0

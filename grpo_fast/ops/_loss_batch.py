@@ -121,7 +121,7 @@ class LossBatch:
             shapes.check("num_items_in_batch", n, (), dtypes=FLOATS + IDS)
         elif n is not None:
             check_positive("num_items_in_batch", n)
-        if n is not None and self.config.loss_type not in ("dapo", "cispo", "vespo"):
+        if n is not None and not self.config.divides_by_items:
             raise ValueError(
                 f"num_items_in_batch: got one with loss_type={self.config.loss_type!r}, which does not divide by it; "
                 "want None, or loss_type dapo, cispo or vespo"

@@ -21,10 +21,11 @@ class Rollout:
         prompt_mask: (B, P) bool.
         completion_ids: (B, T) int64, padded on the right, the end token included.
         completion_mask: (B, T) bool.
-        logps: (B, T) float32 log-probs under the distribution sampled from; 0 where masked.
+        logps: (B, T) float32 log-probs under the policy, at the temperature of the sampling; 0 where masked.
         texts: The completions without end and padding tokens.
         truncated: (B,) bool, no end token within ``max_new_tokens``.
-        importance_sampling_ratio: (B, T), the policy's probability over the sampler's; None where they are the same.
+        importance_sampling_ratio: (B, T), the policy's probability over the sampler's, truncated from above; None
+            where they are the same.
     """
 
     prompt_ids: Tensor

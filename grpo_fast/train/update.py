@@ -15,9 +15,6 @@ from grpo_fast.train.rollout import Rollout
 from grpo_fast.train.settings import Settings
 from grpo_fast.train.sharding import whole
 
-#: The losses that divide by the tokens of the whole batch; the others are means over its sequences.
-_TOKEN_NORMALIZED = ("dapo", "cispo", "vespo")
-
 
 def advantages_over_ranks(rewards: Tensor, settings: Settings, ranks: Ranks = ALONE) -> Tensor:
     """Advantages (B,) of this rank's completions, over groups, or a batch, that other ranks have a part of.
@@ -54,7 +51,7 @@ def grpo_gradients(
     Returns:
         The loss's metrics over the batch as numbers, and ``loss``.
     """
-    num_items = ranks.sum(batch.completion_mask.sum()) if settings.loss_type in _TOKEN_NORMALIZED else None
+    num_items = ranks.sum(batch.completion_mask.sum()) if settings.loss().divides_by_items else None
     parts = []
     for rows in slices(advantages.numel(), settings.micro_prompts * settings.group_size):
         micro, ref = batch.part(rows), None if ref_logps is None else ref_logps[rows]
