@@ -34,8 +34,8 @@ class Ranks:
         return Ranks(dist.get_rank(), dist.get_world_size())
 
     def leave(self) -> None:
-        """Part from the others."""
-        if self.count > 1:
+        """Part from the others; a single rank that torchrun started has a group to leave too."""
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     @property
