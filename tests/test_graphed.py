@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -132,6 +133,25 @@ def test_a_few_graphs_are_kept_and_go_with_their_model(policy: MakePolicy) -> No
     del p
     gc.collect()
     assert not any(decoder() for decoder in held)
+
+
+def test_copies_leave_no_memory_behind(policy: MakePolicy) -> None:
+    """A sharded run samples from a copy of its model in every step, and captures graphs for it."""
+    p = policy()
+    if p.device.type == "cpu":
+        pytest.skip("counts a GPU's memory")
+
+    def after_a_copy() -> int:
+        other = copy.copy(p)
+        other.model = copy.deepcopy(p.model)
+        draw(other)
+        del other
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    first = after_a_copy()
+    assert max(after_a_copy() for _ in range(3)) <= first
 
 
 def test_what_cannot_be_captured_is_decoded_plainly() -> None:
