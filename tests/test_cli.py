@@ -50,6 +50,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["train", "--resume", "nowhere", "--steps", "3"], "resume: got other flags too"),
         (["train", "--task-options", '{"terms": 3}'], "terms: not a setting of task 'chain_sum'"),
         (["train", "--reward", "os.path"], "reward: got 'os.path'"),
+        (["train", "--reward", "builtins:format"], "reward: got 'builtins:format', want another name than accuracy"),
         (["train", "--temperature", "inf"], "temperature: got inf, want a finite number"),
         (["eval", "nowhere"], "folder: nowhere holds no run"),
         (["eval", "half"], "folder: half holds no finished run; want one, or --model"),

@@ -238,7 +238,11 @@ def combine(
 
 
 def reward_functions(settings: Settings, task: Any) -> dict[str, tuple[RewardFunction, float]]:
-    """The reward functions of a run by name, each with its weight."""
+    """The reward functions of a run by name, each with its weight.
+
+    Raises:
+        ValueError: The user's own has the name of another, or cannot be loaded.
+    """
     functions: dict[str, tuple[RewardFunction, float]] = {
         "accuracy": (accuracy_reward(task), 1.0),
         "format": (format_reward, settings.format_weight),
@@ -251,7 +255,10 @@ def reward_functions(settings: Settings, task: Any) -> dict[str, tuple[RewardFun
     if settings.repetition_weight:
         functions["repetition"] = (repetition_penalty_reward(4, -settings.repetition_weight), 1.0)
     if settings.reward:
-        functions[settings.reward.rpartition(":")[2]] = (load_reward(settings.reward), 1.0)
+        name = settings.reward.rpartition(":")[2]
+        if name in functions:
+            raise ValueError(f"reward: got {settings.reward!r}, want another name than {', '.join(functions)}")
+        functions[name] = (load_reward(settings.reward), 1.0)
     return functions
 
 
