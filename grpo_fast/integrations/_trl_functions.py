@@ -155,6 +155,7 @@ class _LinearDivergence:
             teacher_logit_scale=teacher_logit_scale,
             student_softcap=student_softcap,
             teacher_softcap=teacher_softcap,
+            workspace_bytes=WORKSPACE_BYTES,
             impl=self.impl,
         )
         with torch.no_grad():

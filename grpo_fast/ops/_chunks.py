@@ -35,7 +35,8 @@ from grpo_fast.ops._vocabulary_parallel import resolve
 #: What the logits of a chunk and the gradients of a section may take, in bytes, where the caller does not say.
 WORKSPACE_BYTES = 2 * 2**30
 #: The share of the logits in that, if they have a gradient in half precision, is one in so many. Shorter chunks are
-#: more launches, longer ones leave less for the gradients.
+#: more launches, longer ones leave less for the gradients. Each of two heads' logits may have that
+#: share if chunks are short without.
 LOGITS_SHARE = 4
 #: Matrix products work in tiles. Sections are a multiple of this many rows if there are so many, and chunks of three
 #: times as many: cuBLAS has a good tiling for each multiple of 384, and for some others only one that is 20 % slower.
@@ -143,7 +144,8 @@ class ChunkedHead:
         elif rows.live == 0:
             self._chunk_rows = min(self._chunk_rows, PASSING_ROWS)
         elif self.dtype != torch.float32:
-            self._chunk_rows = _to_tiles(self._chunk_rows // LOGITS_SHARE)
+            share = self._chunk_rows // LOGITS_SHARE
+            self._chunk_rows = _to_tiles(min(max(share, 3 * TILE_ROWS), share * logits_a_row))
             left = workspace_bytes - kept_bytes * self._chunk_rows
             self._section_rows = max(left // (self.dtype.itemsize * width), self._chunk_rows)
         self._section = slice(0, 0)
