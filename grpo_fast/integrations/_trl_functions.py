@@ -149,7 +149,6 @@ class _LinearDivergence:
             student_bias=bias,
             teacher_bias=whole_bias(teacher_bias),
             reduction="none",
-            workspace_bytes=WORKSPACE_BYTES,
             temperature=temperature,
             student_logit_scale=student_logit_scale,
             teacher_logit_scale=teacher_logit_scale,
