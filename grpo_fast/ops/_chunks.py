@@ -35,8 +35,8 @@ from grpo_fast.ops._vocabulary_parallel import resolve
 #: What the logits of a chunk and the gradients of a section may take, in bytes, where the caller does not say.
 WORKSPACE_BYTES = 2 * 2**30
 #: The share of the logits in that, if they have a gradient in half precision, is one in so many. Shorter chunks are
-#: more launches, longer ones leave less for the gradients. Each of two heads' logits may have that share if chunks are
-#: short without.
+#: more launches, longer ones leave less for the gradients. Each of two heads' logits may have that share if chunks
+#: are short without.
 LOGITS_SHARE = 4
 #: Matrix products work in tiles. Sections are a multiple of this many rows if there are so many, and chunks of three
 #: times as many: cuBLAS has a good tiling for each multiple of 384, and for some others only one that is 20 % slower.
