@@ -15,7 +15,7 @@ from grpo_fast import linear_distillation_loss
 
 from .harness import DEVICE, Benchmark, Provider, Record, Task, Timer, run_task
 
-NOTES = """\\
+NOTES = """\
 The ceiling is the matrix products alone, by cuBLAS in the inputs' precision: the student's logits, the teacher's, and
 two for the student's gradients. `beta` 0 is the forward KL, 1 the reverse KL, between them the generalized
 Jensen-Shannon divergence (GKD). Errors are relative: of the loss, and of the gradient of hidden states in the
