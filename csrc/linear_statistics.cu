@@ -63,7 +63,8 @@ struct Item {
   int pair, lane;
 };
 
-enum class Makes { kStatistics, kExponentials, kGradient, kTiltedGradient };  // exponentials and statistics
+// What the product leaves: statistics; exponentials besides; the gradient alone, that of entropies too if it is tilted.
+enum class Makes { kStatistics, kExponentials, kGradient, kTiltedGradient };
 
 struct Problem {
   Head head;
