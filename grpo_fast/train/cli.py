@@ -21,7 +21,7 @@ examples:
   grpo-fast train                              a tiny model learns sums, a few minutes on a laptop
   grpo-fast train --task gcd --out runs/gcd    another task; see 'grpo-fast train --help' for all
   grpo-fast train --resume runs/demo           go on after Ctrl-C, to the same result
-  grpo-fast r1                                 the whole recipe of R1, distillation too, some 20 minutes
+  grpo-fast r1                                 the whole recipe of R1, distillation too, some 13 minutes
   grpo-fast eval runs/demo --problems 500      measure the trained model again
   grpo-fast bench --quick                      time the ops on this machine, beside their peers
   grpo-fast fetch smollm2-135m                 a real pretrained model, 98 MB, then:
