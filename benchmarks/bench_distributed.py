@@ -187,6 +187,7 @@ def cases(ranks: int) -> tuple[Case, ...]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from .command import Chosen
     from .command import measure as measure_all
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
             measure_all(
                 replace(benchmark, cases=cases_of(ranks.count)),
                 quick=False,
-                only=None,
+                takes_part=Chosen(),
                 runs=options.runs,
                 out=options.out if ranks.first else None,
                 timer=TimerTogether(options.runs, device=DEVICE),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +96,35 @@ def run(options: dict[str, Any], command: str) -> None:
             raise ValueError(f"compare: {options['compare']} holds no results")
     if DEVICE == "cpu":
         print("No NVIDIA GPU: timing the reference path and the training loop on the CPU.\n")
+    chosen = Chosen(options["only"])
     for benchmark in (available[name] for name in options["names"] or available):
-        records = measure(benchmark, options["quick"], options["only"], options["runs"], options["out"])
+        records = measure(benchmark, options["quick"], chosen, options["runs"], options["out"])
         if benchmark.name in earlier:
             _print_moves(benchmark, earlier[benchmark.name], records)
+    if unmet := chosen.unmet():
+        raise ValueError(f"only: got {', '.join(unmet)}, want among {', '.join(sorted(chosen.seen))}")
+
+
+class Chosen:
+    """Whether a provider takes part: all do, or those of some names."""
+
+    def __init__(self, only: Sequence[str] | None = None) -> None:
+        self.only = only
+        self.seen: set[str] = set()
+
+    def __call__(self, provider: Provider) -> bool:
+        self.seen.add(provider.name)
+        return self.only is None or provider.name in self.only
+
+    def unmet(self) -> list[str]:
+        """The names that nobody had who was asked."""
+        return [name for name in self.only or () if name not in self.seen]
 
 
 def measure(
     benchmark: Benchmark,
     quick: bool,
-    only: Sequence[str] | None,
+    takes_part: Callable[[Provider], bool],
     runs: int,
     out: Path | None,
     timer: Timer | None = None,
@@ -122,7 +140,6 @@ def measure(
     console.print(f"[bold]{benchmark.name}[/]: {benchmark.summary}", highlight=False)
     console.print(" ".join(f"{name} {value}" for name, value in where.items()), highlight=False)
     records: list[Record] = []
-    takes_part = partial(_takes_part, only)
     for case in track(benchmark.quick if quick else benchmark.cases, benchmark.name, console=console, transient=True):
         new = benchmark.measure(timer, case, takes_part)
         _print(console, benchmark, new)
@@ -133,10 +150,6 @@ def measure(
             content = {"benchmark": benchmark.name, "environment": where, "records": records}
             write_json(out / f"{benchmark.name}.json", content)
     return records
-
-
-def _takes_part(only: Sequence[str] | None, provider: Provider) -> bool:
-    return only is None or provider.name in only
 
 
 def _print(console: Any, benchmark: Benchmark, records: Sequence[Record]) -> None:

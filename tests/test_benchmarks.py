@@ -176,6 +176,12 @@ def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFix
     assert f"grpo-fast: {message}" in capsys.readouterr().err
 
 
+def test_a_provider_that_nobody_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    """Measuring nothing must not look like a run."""
+    assert main(["bench", "advantages", "--quick", "--runs", "2", "--only", "grpo_fats"]) == 2
+    assert "grpo-fast: only: got grpo_fats, want among grpo_fast" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "logits"]) == 2
