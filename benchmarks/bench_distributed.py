@@ -22,6 +22,7 @@ from grpo_fast.train.ranks import Ranks
 
 from . import bench_fsdp, bench_linear
 from .harness import DEVICE, Benchmark, Provider, Record, Task, Timer, run_task
+from .measure import Chosen, measure_cases
 from .ranks import TimerTogether, merged
 
 NOTES = """\
@@ -187,9 +188,6 @@ def cases(ranks: int) -> tuple[Case, ...]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from .command import Chosen
-    from .command import measure as measure_all
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {BENCHMARK.name: (BENCHMARK, cases), "fsdp": (bench_fsdp.BENCHMARK, bench_fsdp.cases)}
     parser.add_argument("names", nargs="*", metavar="BENCHMARK", help=f"{', '.join(names)} (default: both)")
@@ -205,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for name in options.names or names:
             benchmark, cases_of = names[name]
-            measure_all(
+            measure_cases(
                 replace(benchmark, cases=cases_of(ranks.count)),
                 quick=False,
                 takes_part=Chosen(),

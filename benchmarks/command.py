@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from . import (
     bench_distillation,
@@ -21,8 +19,9 @@ from . import (
 )
 from .bench_advantages import benchmark as advantages
 from .compare import compare
-from .harness import DEVICE, Benchmark, Provider, Record, Timer, environment, write_json
-from .report import groups, header, load, row, write_report
+from .harness import DEVICE, Benchmark, Record
+from .measure import Chosen, measure_cases, show
+from .report import load, write_report
 
 HELP = """\
 Time grpo_fast on this machine, beside every peer that is installed: pip install trl liger-kernel unsloth_zoo
@@ -30,7 +29,7 @@ cut-cross-entropy verl quack-kernels. Everyone gets the same inputs, and is held
 taken. Without an NVIDIA GPU the reference path and a step of the training loop are timed on the CPU."""
 EXAMPLES = """\
 examples:
-  grpo-fast bench --quick                            under 2 minutes on a GPU
+  grpo-fast bench --quick                            a few cases of each
   grpo-fast bench --out results                      everything; JSON files into the folder results
   grpo-fast bench linear --only grpo_fast TRL        one benchmark, two providers
   grpo-fast bench --quick --compare results          what moved since
@@ -98,72 +97,11 @@ def run(options: dict[str, Any], command: str) -> None:
         print("No NVIDIA GPU: timing the reference path and the training loop on the CPU.\n")
     chosen = Chosen(options["only"])
     for benchmark in (available[name] for name in options["names"] or available):
-        records = measure(benchmark, options["quick"], chosen, options["runs"], options["out"])
+        records = measure_cases(benchmark, options["quick"], chosen, options["runs"], options["out"])
         if benchmark.name in earlier:
             _print_moves(benchmark, earlier[benchmark.name], records)
     if unmet := chosen.unmet():
         raise ValueError(f"only: got {', '.join(unmet)}, want among {', '.join(sorted(chosen.seen))}")
-
-
-class Chosen:
-    """Whether a provider takes part: all do, or those of some names."""
-
-    def __init__(self, only: Sequence[str] | None = None) -> None:
-        self.only = only
-        self.seen: set[str] = set()
-
-    def __call__(self, provider: Provider) -> bool:
-        self.seen.add(provider.name)
-        return self.only is None or provider.name in self.only
-
-    def unmet(self) -> list[str]:
-        """The names that nobody had who was asked."""
-        return [name for name in self.only or () if name not in self.seen]
-
-
-def measure(
-    benchmark: Benchmark,
-    quick: bool,
-    takes_part: Callable[[Provider], bool],
-    runs: int,
-    out: Path | None,
-    timer: Timer | None = None,
-    quiet: bool = False,
-) -> list[Record]:
-    """Records of all cases, shown as they come, unless ``quiet``, and written to ``out``/NAME.json."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(quiet=quiet)
-    timer = timer or Timer(runs, device=benchmark.device)
-    where = environment()
-    console.print(f"[bold]{benchmark.name}[/]: {benchmark.summary}", highlight=False)
-    console.print(" ".join(f"{name} {value}" for name, value in where.items()), highlight=False)
-    records: list[Record] = []
-    for case in track(benchmark.quick if quick else benchmark.cases, benchmark.name, console=console, transient=True):
-        new = benchmark.measure(timer, case, takes_part)
-        _print(console, benchmark, new)
-        records += new
-        if benchmark.device == "cuda":
-            torch.cuda.empty_cache()
-        if out is not None:
-            content = {"benchmark": benchmark.name, "environment": where, "records": records}
-            write_json(out / f"{benchmark.name}.json", content)
-    return records
-
-
-def _print(console: Any, benchmark: Benchmark, records: Sequence[Record]) -> None:
-    from rich.table import Table
-
-    for case, task, members in groups(records):
-        columns = header(members)
-        table = Table(title=f"{task}, {benchmark.title(case)}", title_justify="left", title_style="bold")
-        for i, name in enumerate(columns):
-            table.add_column(name, justify="left" if i == 0 else "right")
-        best = min((r["ms"] for r in members if "ms" in r and "wrong" not in r), default=None)
-        for record in members:
-            table.add_row(*row(record, columns), style="green" if record.get("ms") == best else None)
-        console.print(table)
 
 
 def _print_moves(benchmark: Benchmark, old: Sequence[Record], new: Sequence[Record]) -> None:
@@ -183,4 +121,4 @@ def _show(files: Sequence[Path], page: Path | None) -> None:
         print(f"{page} is written")
         return
     for content in map(load, files):
-        _print(Console(), known()[content["benchmark"]], content["records"])
+        show(Console(), known()[content["benchmark"]], content["records"])
