@@ -277,7 +277,7 @@ def _slopes(
     d_entropies: Tensor | None,
 ) -> tuple[Tensor, bool]:
     """(slopes (N, 4) of the gradient of the logits, whether entropies have a part in it)."""
-    slopes = _buffers(hidden)[1]
+    slopes = hidden.new_empty(hidden.size(0), 4, dtype=torch.float32)
     error = _C.linear_slopes(
         device=hidden.device.index,
         stream=stream(hidden),
