@@ -70,7 +70,7 @@ def draw(p: Policy, temperature: float = 1.0, group_size: int = 5, seed: int = 1
 def test_the_race_draws_from_the_distribution() -> None:
     p = torch.tensor([0.5, 0.25, 0.2, 0.05, 0.0])
     noise = torch.empty(200_000, 5).exponential_(generator=torch.Generator().manual_seed(0))
-    found = next_token(p.log().expand_as(noise), 1.0, noise).bincount(minlength=5) / len(noise)
+    found = next_token(p.log().expand_as(noise), noise).bincount(minlength=5) / len(noise)
     torch.testing.assert_close(found, p, atol=5e-3, rtol=0.0)
     assert found[4] == 0
 

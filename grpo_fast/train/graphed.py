@@ -26,12 +26,12 @@ _LOOK = 16
 _GRAPHS = 8
 
 
-def next_token(log_p: Tensor, temperature: float, noise: Tensor) -> Tensor:
-    """Token ids (B,) drawn from log-probs (B, V) with exponential noise (B, V), or the likeliest at temperature 0.
+def next_token(log_p: Tensor, noise: Tensor | None) -> Tensor:
+    """Token ids (B,) drawn from log-probs (B, V) with exponential noise (B, V), or without noise the likeliest.
 
     The index of the largest p / noise is distributed as p (the exponential race that ``torch.multinomial`` runs).
     """
-    return (log_p.exp() / noise).argmax(-1) if temperature > 0 else log_p.argmax(-1)
+    return log_p.argmax(-1) if noise is None else (log_p.exp() / noise).argmax(-1)
 
 
 class _Slots(Cache):
@@ -78,7 +78,7 @@ class GraphedDecoder:
         self.kept = torch.empty(rows, length, dtype=torch.bool, device=device)
         self.alive = torch.empty(rows, dtype=torch.bool, device=device)
         self._hidden = torch.empty(rows, head.size(1), device=device)  # float32, as autocast leaves them
-        self._noise = torch.ones(rows, head.size(0), device=device)
+        self._noise = torch.ones(rows, head.size(0), device=device) if temperature > 0 else None
         self._mask = torch.empty(rows, 1, 1, total, dtype=torch.bool, device=device)
         self._positions = torch.empty(rows, 1, dtype=torch.int64, device=device)
         self._slot = torch.empty(1, dtype=torch.int64, device=device)
@@ -117,7 +117,7 @@ class GraphedDecoder:
     def run(self, generator: torch.Generator | None) -> int:
         """All steps until every completion has ended; returns how many tokens the longest one has."""
         for step in range(self.length):
-            if self.temperature > 0:
+            if self._noise is not None:
                 self._noise.exponential_(generator=generator)
             self._graphs[step // self._steps].replay()
             if step % _LOOK == _LOOK - 1 and not self.alive.any():
@@ -127,7 +127,7 @@ class GraphedDecoder:
     def _step(self, policy: Policy) -> None:
         """Choose a token of each row, and read it."""
         log_p = policy.log_probs(self._hidden, self.temperature or 1.0)
-        token = next_token(log_p, self.temperature, self._noise)
+        token = next_token(log_p, self._noise)
         at = self._slot - self.width
         logp = log_p.gather(-1, token[:, None])
         token = torch.where(self.alive, token, self._pad)

@@ -132,10 +132,10 @@ def _decode(
     alive = prompt_mask.new_ones(rows)
     for position in range(max_new_tokens):
         log_p = policy.log_probs(hidden, temperature or 1.0)  # (rows left, V)
-        noise = log_p.new_empty(rows, log_p.size(1))
+        noise = None
         if temperature > 0:
-            noise.exponential_(generator=generator)
-        token = next_token(log_p, temperature, noise[left]).where(alive, policy.pad_id)
+            noise = log_p.new_empty(rows, log_p.size(1)).exponential_(generator=generator)[left]
+        token = next_token(log_p, noise).where(alive, policy.pad_id)
         ids[left, position] = token
         logps[left, position] = log_p.gather(-1, token[:, None]).squeeze(-1).where(alive, 0.0)
         kept[left, position] = mask[:, width + position] = alive
