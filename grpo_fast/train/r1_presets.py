@@ -18,9 +18,8 @@ class Preset:
             the format and little more.
         language_weight: Of the language consistency reward, which only the teacher's own run of RL (R1) has.
         trace_problems, trace_samples: How many problems the teacher answers, and how often each. One that is mostly
-            sure writes the same answer twice, so more problems bring more than more samples.
-            Too few, and so too few steps of learning, are of no use: tiny's student got 55 % right after 8,000, 87 %
-            after 12,000.
+            sure writes the same answer twice, so more problems bring more than more samples. After too few, and so
+            too few steps of learning, the student stays behind one that has RL alone.
         distill_lr, distill_epochs: AdamW's learning rate in distillation, and times it goes through the traces.
         student_steps, control_steps: GRPO steps of the distilled student, and of the one without distillation.
         problems, samples: Test problems that all models are measured on at the end, and samples of each.
