@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._sparse import CAPACITY
+from grpo_fast.ops._sparse import LONG
 from grpo_fast.reference import sparse_rows_ref
 
 from .report import markdown_table
@@ -30,7 +30,7 @@ CHUNK = 256
 def kept_entries(gradient: Tensor, at_target: Tensor, usual: Tensor, tolerance: float) -> Tensor:
     """What is kept of ``gradient`` (n, V), with the sampled tokens' elements (n, 1); everything of dense rows."""
     kept, fits = sparse_rows_ref(gradient, at_target.squeeze(1), usual, tolerance)
-    return kept | ~(fits & (kept.sum(1) <= CAPACITY))[:, None]
+    return kept | ~(fits & (kept.sum(1) <= LONG))[:, None]
 
 
 def synthetic_rows(
@@ -129,7 +129,7 @@ def table(states: Tensor, weight: Tensor, ids: Tensor) -> str:
         cells = ["bfloat16", "", "", "", "", ""]
         if isinstance(t, float):
             count, mass = torch.cat(measured[t], 1)
-            dense = count > CAPACITY
+            dense = count > LONG
             quantiles = count.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
             cells = [
                 f"{t:.0e}",

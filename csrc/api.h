@@ -193,26 +193,43 @@ cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& pla
 cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
                             const int64_t* which, int count, cudaStream_t stream);
 
-// Rows of the gradient as their largest elements, in the order of the words.
+// Rows that can be sparse are short or long, by the number of their elements.
+struct SparseTotals {
+  unsigned long long in_short, in_long;  // elements of those
+  unsigned long long longs, dense;       // long rows, and those that cannot be sparse
+};
+
+// Rows of the gradient as their largest elements: of a row together, in the order of the words.
 struct SparseRows {
-  int32_t* ids;     // (count, capacity)
-  float* values;    // as many
-  int32_t* counts;  // (count,); above the capacity where a row cannot be sparse
-  int capacity;
+  int64_t* keys;  // an element's word times 2^32, plus its row, the first row's number being `first_row`
+  float* values;
+  int64_t* starts;       // (count,) of a row's elements the first,
+  int64_t* ends;         // (count,) and what comes after the last; before the first where a row cannot be sparse
+  SparseTotals* totals;  // 0 before
+  int first_row;
+  int short_most, long_most;                             // most elements of a row
+  unsigned long long short_room, long_room, most_dense;  // elements of short rows, then of long ones; rows
+  // If short rows have no room, or more rows cannot be sparse, of which the long ones are part if they have no room,
+  // then not everything is there.
 };
 
 constexpr int kSparseWords = 262144;  // the most words of a row; MOST_WORDS in Python
 
-// Of all rows, or of so many in `which`. `usual`: a scalar, how large the sampled tokens' elements are in the root mean
-// square.
+// `usual`: a scalar, how large the sampled tokens' elements are in the root mean square.
 cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
-                        const int64_t* which, int count, const float* usual, float tolerance, const SparseRows& out,
-                        cudaStream_t stream);
+                        const float* usual, float tolerance, const SparseRows& out, cudaStream_t stream);
 
-// out (rows, width), in bfloat16, or added to in float32: for each row the sum of values[e] times row columns[e] of a
-// bfloat16 matrix, over the entries e from starts[row] to starts[row + 1]. The width is a multiple of 8.
-cudaError_t sum_of_rows(const int64_t* starts, const int32_t* columns, const float* values, const Values& matrix,
-                        int64_t stride, int rows, int width, void* out, DType out_dtype, cudaStream_t stream);
+// What enters the sums: of sum r, the entries e from starts[r] to ends[r], row index[2 e] of a matrix by weights[e].
+struct Entries {
+  const int64_t *starts, *ends;
+  const int32_t* index;
+  const float* weights;
+};
+
+// out (rows, width), in float32 or bfloat16: sums of rows of a bfloat16 matrix, and `base` (rows, width) if not null,
+// which may be `out`. The width is a multiple of 8.
+cudaError_t sum_of_rows(const Entries& entries, const Values& matrix, int64_t stride, int rows, int width,
+                        const float* base, void* out, DType out_dtype, cudaStream_t stream);
 
 // Multiply rows in place by a scalar on the device; by 1 nothing is touched.
 cudaError_t scale_gradient(void* gradient, DType dtype, int64_t stride_b, int64_t stride_t, int count, int T, int V,

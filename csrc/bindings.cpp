@@ -346,27 +346,30 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "sparse_rows",
       [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address slopes,
-         bool tilted, Address which, int count, Address usual, float tolerance, Address ids, Address values,
-         Address counts, int capacity) -> int {
+         bool tilted, Address usual, float tolerance, Address keys, Address values, Address starts, Address ends,
+         Address totals, int first_row, std::pair<int, int> most, std::pair<std::uint64_t, std::uint64_t> room,
+         int most_dense) -> int {
         want(head.V <= gf::kSparseWords, "V", head.V, "262144 or less");
-        want(capacity >= 1, "capacity", capacity, "1 or more");
-        want(count >= 1 && count <= head.count, "count", count, "1 or more rows, and no more than there are");
+        want(head.count >= 1, "count", head.count, "1 or more rows");
+        want(most_dense >= 0, "most_dense", most_dense, "0 or more rows");
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         return code(gf::sparse_rows(
-            head, exponentials, pointer<const float4>(slopes), tilted, pointer<const std::int64_t>(which), count,
-            pointer<const float>(usual), tolerance,
-            {pointer<std::int32_t>(ids), pointer<float>(values), pointer<std::int32_t>(counts), capacity},
+            head, exponentials, pointer<const float4>(slopes), tilted, pointer<const float>(usual), tolerance,
+            {pointer<std::int64_t>(keys), pointer<float>(values), pointer<std::int64_t>(starts),
+             pointer<std::int64_t>(ends), pointer<gf::SparseTotals>(totals), first_row, most.first, most.second,
+             room.first, room.second, static_cast<unsigned long long>(most_dense)},
             stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("slopes"),
-      py::arg("tilted"), py::arg("which"), py::arg("count"), py::arg("usual"), py::arg("tolerance"), py::arg("ids"),
-      py::arg("values"), py::arg("counts"), py::arg("capacity"));
+      py::arg("tilted"), py::arg("usual"), py::arg("tolerance"), py::arg("keys"), py::arg("values"), py::arg("starts"),
+      py::arg("ends"), py::arg("totals"), py::arg("first_row"), py::arg("most"), py::arg("room"),
+      py::arg("most_dense"));
 
   m.def(
       "sum_of_rows",
-      [](int device, Address stream, Address starts, Address columns, Address weights, Tensor matrix,
-         std::int64_t stride, int rows, int width, Tensor out) -> int {
+      [](int device, Address stream, Address starts, Address ends, Address index, Address weights, Tensor matrix,
+         std::int64_t stride, int rows, int width, Address base, Tensor out) -> int {
         want(values(matrix).dtype == gf::DType::kBFloat16, "matrix's dtype", matrix.second, "1 (bfloat16)");
         want(matrix.first % 16 == 0 && stride % 8 == 0, "matrix's stride", stride, "rows at multiples of 16 bytes");
         want(width >= 8 && width % 8 == 0, "width", width, "a multiple of 8");
@@ -375,12 +378,13 @@ PYBIND11_MODULE(_C, m) {
         want(rows >= 1, "rows", rows, "1 or more");
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
-        return code(gf::sum_of_rows(pointer<const std::int64_t>(starts), pointer<const std::int32_t>(columns),
-                                    pointer<const float>(weights), values(matrix), stride, rows, width,
+        return code(gf::sum_of_rows({pointer<const std::int64_t>(starts), pointer<const std::int64_t>(ends),
+                                     pointer<const std::int32_t>(index), pointer<const float>(weights)},
+                                    values(matrix), stride, rows, width, pointer<const float>(base),
                                     pointer<void>(out.first), values(out).dtype, stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("starts"), py::arg("columns"), py::arg("weights"),
-      py::arg("matrix"), py::arg("stride"), py::arg("rows"), py::arg("width"), py::arg("out"));
+      py::arg("device"), py::arg("stream"), py::arg("starts"), py::arg("ends"), py::arg("index"), py::arg("weights"),
+      py::arg("matrix"), py::arg("stride"), py::arg("rows"), py::arg("width"), py::arg("base"), py::arg("out"));
 
   m.def(
       "log_probs_gradient",

@@ -22,29 +22,47 @@ static_assert(kTurns <= 64, "a thread remembers its vectors in 64 bits");
 // The power of two that what is so many times as large as the reference falls short of it by, rounded down.
 __device__ inline int bin_of(float relative) { return max(126 - static_cast<int>(__float_as_uint(relative) >> 23), 0); }
 
-// Block i has row i, or the i-th in `which`. A row that cannot be sparse has a count above the capacity.
+__device__ inline void put_row(const SparseRows& out, int n, int64_t start, int64_t end) {
+  out.starts[n] = start;
+  out.ends[n] = end;
+}
+
+__device__ inline void leave_dense(const SparseRows& out, int n) {
+  put_row(out, n, 0, -1);
+  atomicAdd(&out.totals->dense, 1ull);
+}
+
+// Whether the rows so far are enough to know that most of them are too flat.
+__device__ inline bool given_up(const SparseRows& out) {
+  const volatile SparseTotals* now = out.totals;
+  const unsigned long long dense = now->dense + (now->in_long > out.long_room ? now->longs : 0ull);
+  return now->in_short > out.short_room || dense > out.most_dense;
+}
+
+// A block a row. Where its elements lie depends on which block is first, not what they are, nor their order.
 template <bool kTilt>
 __global__ void __launch_bounds__(kThreads, 3)
-    sparse_kernel(const Head head, const Exponentials exponentials, const Slopes* all, const int64_t* which,
-                  const float* usual, float tolerance, const SparseRows out) {
-  const int at = blockIdx.x, n = which == nullptr ? at : static_cast<int>(which[at]), thread = threadIdx.x,
-            warp = thread / 32, lane = thread % 32;
+    sparse_kernel(const Head head, const Exponentials exponentials, const Slopes* all, const float* usual,
+                  float tolerance, const SparseRows out) {
+  const int n = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const Slopes slopes = all[n];
   const float up = exponentials.bases[n] - slopes.shift, factor = exp2f(up);
   const float reference = fmaxf(fabsf(slopes.at_target), *usual), scale = 1.0f / reference;
   if (slopes.zero()) {
-    if (thread == 0) out.counts[at] = 0;
+    if (thread == 0) put_row(out, n, 0, 0);
     return;
   }
   const bool finite = fabsf(slopes.at_target) < 1e30f && reference > 1e-30f && reference < 1e30f;
   if (-up > kFar || !finite) {
-    if (thread == 0) out.counts[at] = out.capacity + 1;
+    if (thread == 0) leave_dense(out, n);
     return;
   }
   __shared__ int bins[kBins];
   __shared__ int starts[kTurns * kWarps];
   __shared__ float small[kWarps];
-  __shared__ int chosen, total;
+  __shared__ int chosen;
+  __shared__ int64_t place;
+  __shared__ bool skip;
   const int vectors = (head.V + 7) / 8, turns = (vectors + kThreads - 1) / kThreads;
   const int64_t id = integer(head.ids, n);
   const uint4* row = reinterpret_cast<const uint4*>(exponentials.values + n * exponentials.stride);
@@ -60,7 +78,9 @@ __global__ void __launch_bounds__(kThreads, 3)
   };
 
   if (thread < kBins) bins[thread] = 0;
+  if (thread == 0) skip = given_up(out);
   __syncthreads();
+  if (skip) return;
   uint64_t seen = 0;  // the vectors that may have something to keep
   float rest = 0.0f;  // the squares of what is below all bins
   for (int first = 0; first < turns; first += kAtOnce) {
@@ -107,13 +127,25 @@ __global__ void __launch_bounds__(kThreads, 3)
     int kept = 0;
     for (int bin = 0; bin < first; ++bin) kept += bins[bin];
     chosen = first;
-    total = fits ? kept : out.capacity + 1;
-    out.counts[at] = total;
+    skip = !fits || kept > out.long_most;
+    if (skip) {
+      leave_dense(out, n);
+    } else {
+      const bool is_long = kept > out.short_most;
+      const unsigned long long more = kept, room = is_long ? out.long_room : out.short_room;
+      const unsigned long long before = atomicAdd(is_long ? &out.totals->in_long : &out.totals->in_short, more);
+      if (is_long) atomicAdd(&out.totals->longs, 1ull);
+      place = static_cast<int64_t>(before + (is_long ? out.short_room : 0ull));
+      put_row(out, n, place, place + kept);
+      skip = kept == 0 || before + more > room;
+    }
   }
   __syncthreads();
-  if (total > out.capacity) return;
+  if (skip) return;
 
-  // Places in the order of the words: of (turn, warp), then within a warp.
+  // Places in the order of the words: of (turn, warp), then within a warp. Most warps have nothing in most turns.
+  const uint64_t warps_turns = __reduce_or_sync(~0u, static_cast<unsigned>(seen)) |
+                               uint64_t(__reduce_or_sync(~0u, static_cast<unsigned>(seen >> 32))) << 32;
   const auto kept_of = [&](int turn, float (&x)[8]) {
     unsigned kept = 0;
     if (seen >> turn & 1) {
@@ -125,8 +157,11 @@ __global__ void __launch_bounds__(kThreads, 3)
     return kept;
   };
   for (int turn = 0; turn < turns; ++turn) {
-    float x[8];
-    const int count = __reduce_add_sync(~0u, __popc(kept_of(turn, x)));
+    int count = 0;
+    if (warps_turns >> turn & 1) {
+      float x[8];
+      count = __reduce_add_sync(~0u, __popc(kept_of(turn, x)));
+    }
     if (lane == 0) starts[turn * kWarps + warp] = count;
   }
   __syncthreads();
@@ -144,7 +179,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   __syncthreads();
-  for (int turn = 0; turn < turns; ++turn) {
+  for (uint64_t left = warps_turns; left != 0; left &= left - 1) {
+    const int turn = __ffsll(static_cast<long long>(left)) - 1;
     float x[8];
     const unsigned kept = kept_of(turn, x);
     const int mine = __popc(kept);
@@ -153,95 +189,117 @@ __global__ void __launch_bounds__(kThreads, 3)
       const int other = __shfl_up_sync(~0u, sum, step);
       sum += lane >= step ? other : 0;
     }
-    int64_t place = int64_t(at) * out.capacity + starts[turn * kWarps + warp] + sum - mine;
+    int64_t at = place + starts[turn * kWarps + warp] + sum - mine;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (kept >> i & 1) {
-        out.ids[place] = (turn * kThreads + thread) * 8 + i;
-        out.values[place++] = x[i] * reference;
+        const int64_t word = (turn * kThreads + thread) * 8 + i;
+        out.keys[at] = word << 32 | (out.first_row + n);
+        out.values[at++] = x[i] * reference;
       }
     }
   }
 }
 
-// Sums of rows of a matrix: out[r] is, or is increased by, the sum over its entries e of values[e] *
-// matrix[columns[e]]. Block (r, slice of the columns): groups of threads take every n-th entry and are added up in
-// order.
+// Sums of rows of a matrix, in slices of its columns. A warp has a sum of few entries; those of many are shared by the
+// warps of a block, each of which takes consecutive ones, and added up in order.
 
-constexpr int kGroupThreads = 128, kGroups = 4, kColumns = 8 * kGroupThreads;
+constexpr int kSumWarps = 16, kSlice = 8 * 32, kFew = 32;
 
-__device__ inline void finish(float* out, const float (&sum)[8]) {
+__device__ inline void put_together(float* to, const float (&x)[8]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) out[i] += sum[i];
+  for (int i = 0; i < 8; ++i) to[i] = x[i];  // which may lie anywhere
 }
-__device__ inline void finish(__nv_bfloat16* out, const float (&sum)[8]) { store_together(out, sum); }
+__device__ inline void put_together(__nv_bfloat16* to, const float (&x)[8]) { store_together(to, x); }
 
 template <typename Out>
-__global__ void __launch_bounds__(kGroupThreads* kGroups)
-    sum_kernel(const int64_t* starts, const int32_t* columns, const float* values, const __nv_bfloat16* matrix,
-               int64_t stride, int width, Out* out) {
-  __shared__ float partial[kGroups - 1][kColumns];
-  const int64_t first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
-  const int thread = threadIdx.x % kGroupThreads, group = threadIdx.x / kGroupThreads,
-            column = blockIdx.y * kColumns + thread * 8;
-  const bool adds = sizeof(Out) == 4;
-  if (adds && first == last) return;
-  float sum[8] = {};
-  if (column < width) {
-    for (int64_t e = first + group; e < last; e += kGroups * kAtOnce) {
-      uint4 raw[kAtOnce];
-      float value[kAtOnce];
+__global__ void __launch_bounds__(32 * kSumWarps)
+    sum_kernel(const Entries entries, const __nv_bfloat16* matrix, int64_t stride, int rows, int width,
+               const float* base, Out* out) {
+  __shared__ float partial[kSumWarps][kSlice];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, before = blockIdx.x * kSumWarps;
+  const int start = blockIdx.y * kSlice, column = start + 8 * lane;
+  const bool inside = column < width;
+  const auto sum_of = [&](int64_t first, int64_t last, float (&sum)[8]) {
+    for (int64_t chunk = first; chunk < last; chunk += 32) {
+      const int count = static_cast<int>(min(int64_t(32), last - chunk));
+      const int index = lane < count ? entries.index[2 * (chunk + lane)] : 0;
+      const float weight = lane < count ? entries.weights[chunk + lane] : 0.0f;
+      for (int e = 0; e < count; e += kAtOnce) {
+        uint4 raw[kAtOnce];
+        float by[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int64_t at = e + i * kGroups;
-        value[i] = at < last ? values[at] : 0.0f;
-        raw[i] = at < last ? *reinterpret_cast<const uint4*>(matrix + columns[at] * stride + column) : uint4{};
-      }
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int64_t row = __shfl_sync(~0u, index, e + i);
+          by[i] = __shfl_sync(~0u, weight, e + i);
+          raw[i] =
+              inside && e + i < count ? __ldg(reinterpret_cast<const uint4*>(matrix + row * stride + column)) : uint4{};
+        }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        float x[8];
-        unpack(raw[i], x, __nv_bfloat16());
+        for (int i = 0; i < kAtOnce; ++i) {
+          float x[8];
+          unpack(raw[i], x, __nv_bfloat16());
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum[j] = __fmaf_rn(value[i], x[j], sum[j]);
+          for (int j = 0; j < 8; ++j) sum[j] = __fmaf_rn(by[i], x[j], sum[j]);
+        }
       }
     }
-  }
-  if (group > 0) {
+  };
+
+  const int row = before + warp;
+  const int64_t first = row < rows ? entries.starts[row] : 0, last = row < rows ? entries.ends[row] : 0;
+  const bool many = last - first > kFew;
+  // What is added to in place needs no visit where nothing is added.
+  const bool in_place = static_cast<const void*>(base) == static_cast<const void*>(out);
+  if (row < rows && !many && !(in_place && first >= last)) {
+    float sum[8] = {};
+    sum_of(first, last, sum);
+    if (inside) {
+      const int64_t at = int64_t(row) * width + column;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) partial[group - 1][i * kGroupThreads + thread] = sum[i];
+      for (int i = 0; i < 8; ++i) sum[i] += base != nullptr ? base[at + i] : 0.0f;
+      put_together(out + at, sum);
+    }
   }
-  __syncthreads();
-  if (group > 0 || column >= width) return;
-  for (int g = 0; g < kGroups - 1; ++g) {
+  if (!__syncthreads_or(many)) return;
+  for (int other = before; other < min(before + kSumWarps, rows); ++other) {
+    const int64_t begin = entries.starts[other], end = entries.ends[other];
+    if (end - begin <= kFew) continue;
+    const int64_t share = ((end - begin + 32 * kSumWarps - 1) / (32 * kSumWarps)) * 32;
+    float sum[8] = {};
+    sum_of(begin + warp * share, min(end, begin + (warp + 1) * share), sum);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] += partial[g][i * kGroupThreads + thread];
+    for (int i = 0; i < 8; ++i) partial[warp][8 * lane + i] = sum[i];
+    __syncthreads();
+    if (threadIdx.x < kSlice && start + threadIdx.x < width) {
+      const int64_t at = int64_t(other) * width + start + threadIdx.x;
+      float total = base != nullptr ? base[at] : 0.0f;
+      for (int w = 0; w < kSumWarps; ++w) total += partial[w][threadIdx.x];
+      out[at] = static_cast<Out>(total);
+    }
+    __syncthreads();
   }
-  finish(out + int64_t(blockIdx.x) * width + column, sum);
 }
 
 }  // namespace
 
 cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
-                        const int64_t* which, int count, const float* usual, float tolerance, const SparseRows& out,
-                        cudaStream_t stream) {
+                        const float* usual, float tolerance, const SparseRows& out, cudaStream_t stream) {
   if (head.V > kSparseWords) return cudaErrorInvalidValue;
   const auto kernel = tilted ? sparse_kernel<true> : sparse_kernel<false>;
-  kernel<<<count, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), which, usual,
-                                         tolerance, out);
+  kernel<<<head.count, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), usual,
+                                              tolerance, out);
   return cudaGetLastError();
 }
 
-cudaError_t sum_of_rows(const int64_t* starts, const int32_t* columns, const float* values, const Values& matrix,
-                        int64_t stride, int rows, int width, void* out, DType out_dtype, cudaStream_t stream) {
-  const dim3 grid(rows, (width + kColumns - 1) / kColumns);
+cudaError_t sum_of_rows(const Entries& entries, const Values& matrix, int64_t stride, int rows, int width,
+                        const float* base, void* out, DType out_dtype, cudaStream_t stream) {
+  const dim3 grid((rows + kSumWarps - 1) / kSumWarps, (width + kSlice - 1) / kSlice);
   const auto* from = static_cast<const __nv_bfloat16*>(matrix.data);
-  if (out_dtype == DType::kFloat32) {
-    sum_kernel<<<grid, kGroupThreads * kGroups, 0, stream>>>(starts, columns, values, from, stride, width,
-                                                             static_cast<float*>(out));
-  } else {
-    sum_kernel<<<grid, kGroupThreads * kGroups, 0, stream>>>(starts, columns, values, from, stride, width,
-                                                             static_cast<__nv_bfloat16*>(out));
-  }
+  const auto launch = [&](auto* to) {
+    sum_kernel<<<grid, 32 * kSumWarps, 0, stream>>>(entries, from, stride, rows, width, base, to);
+  };
+  out_dtype == DType::kFloat32 ? launch(static_cast<float*>(out)) : launch(static_cast<__nv_bfloat16*>(out));
   return cudaGetLastError();
 }
 

@@ -97,17 +97,41 @@ class Exponentials:
         )
         check(error, "the gradient of the logits", self.hidden)
 
-    def sparse(self, tolerance: float, capacity: int, which: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids (n, capacity), values, counts (n,)): the largest elements of rows of the gradient, by word.
+    def sparse(
+        self,
+        tolerance: float,
+        keys: Tensor,
+        elements: Tensor,
+        *,
+        first_row: int,
+        most: tuple[int, int],
+        room: tuple[int, int],
+        most_dense: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest elements of rows of the gradient: a row's together, in the order of the words.
 
-        Of all rows or those of these numbers. A row whose count is above the capacity is not there.
+        Rows are short, or long, or they cannot be sparse. If short ones have no room for their elements, or too many
+        rows cannot be sparse, of which the long ones are part if they have no room, then not everything is written.
+
+        Args:
+            tolerance: What a row may lose, in the L2 norm relative to its reference.
+            keys, elements: int64 and float32 of one length, to be written: an element's word times 2^32 plus its row,
+                and its value. First those of short rows, then, after the room for these, of long ones.
+            first_row: The number of the first row.
+            most: Elements of a short row, and of a long one.
+            room: For elements of short rows, and of long ones.
+            most_dense: Of the rows.
+
+        Returns:
+            starts (N,), ends (N,) int64, where a row's elements lie, ends before starts if it cannot be sparse; and
+            totals (4,) int64, the numbers of elements of short rows, of elements of long rows, of long rows, and of
+            rows that cannot be sparse.
 
         Raises:
             RuntimeError: The kernel was not launched.
         """
-        n = self.hidden.size(0) if which is None else which.numel()
-        ids = self.hidden.new_empty(n, capacity, dtype=torch.int32)
-        values, counts = torch.empty_like(ids, dtype=torch.float32), ids.new_empty(n)
+        starts, ends = keys.new_empty(2, self.hidden.size(0)).unbind()
+        totals = keys.new_zeros(4)
         error = _C.sparse_rows(
             device=self.hidden.device.index,
             stream=stream(self.hidden),
@@ -115,17 +139,20 @@ class Exponentials:
             exponentials=self.native,
             slopes=self.slopes.data_ptr(),
             tilted=self.tilted,
-            which=address(which),
-            count=n,
             usual=self.usual.data_ptr(),
             tolerance=tolerance,
-            ids=ids.data_ptr(),
-            values=values.data_ptr(),
-            counts=counts.data_ptr(),
-            capacity=capacity,
+            keys=keys.data_ptr(),
+            values=elements.data_ptr(),
+            starts=starts.data_ptr(),
+            ends=ends.data_ptr(),
+            totals=totals.data_ptr(),
+            first_row=first_row,
+            most=most,
+            room=room,
+            most_dense=most_dense,
         )
         check(error, "the sparse gradient of the logits", self.hidden)
-        return ids, values, counts
+        return starts, ends, totals
 
 
 def linear_logps_bwd(
@@ -238,14 +265,18 @@ def linear_loss_rows(
     return Exponentials(out, hidden, head, native, slopes, entropy_coef != 0.0, held)
 
 
-def sum_of_rows(out: Tensor, starts: Tensor, columns: Tensor, weights: Tensor, matrix: Tensor) -> None:
-    """Row r of ``out`` (R, H) from the sum of ``weights[e] * matrix[columns[e]]``, starts[r] <= e < starts[r + 1].
+def sum_of_rows(
+    out: Tensor, starts: Tensor, ends: Tensor, index: Tensor, weights: Tensor, matrix: Tensor, base: Tensor | None
+) -> None:
+    """Row r of ``out`` (R, H): the sum of ``weights[e] * matrix[index[e]]``, starts[r] <= e < ends[r], and of base.
 
     Args:
-        out: bfloat16 to be written, or float32 to be added to; contiguous.
-        starts: (R + 1,) int64.
-        columns, weights: (entries,) int32 and float32.
+        out: bfloat16 or float32, contiguous, to be written.
+        starts, ends: (R,) int64.
+        index: (entries,) int32, every second of its elements in memory.
+        weights: (entries,) float32.
         matrix: (any, H) bfloat16, rows at multiples of 16 bytes.
+        base: (R, H) float32, contiguous, which may be ``out``; or None for nothing.
 
     Raises:
         RuntimeError: The kernel was not launched.
@@ -254,12 +285,14 @@ def sum_of_rows(out: Tensor, starts: Tensor, columns: Tensor, weights: Tensor, m
         device=out.device.index,
         stream=stream(out),
         starts=starts.data_ptr(),
-        columns=columns.data_ptr(),
+        ends=ends.data_ptr(),
+        index=index.data_ptr(),
         weights=weights.data_ptr(),
         matrix=values(matrix),
         stride=matrix.stride(0),
         rows=out.size(0),
         width=out.size(1),
+        base=address(base),
         out=values(out),
     )
     check(error, "the sum of rows", out)

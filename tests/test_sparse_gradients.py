@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -48,6 +48,40 @@ def left_by(hidden: Tensor, weight: Tensor, index: Tensor, d_logps: Tensor) -> t
     return left, truth.scatter_add(1, index[:, None], d_logps[:, None].double())
 
 
+class Sparse(NamedTuple):
+    """What was found of rows."""
+
+    dense: Tensor  # (n, V) float64, the elements in their places
+    counts: Tensor  # (n,), -1 of a row that cannot be sparse
+    totals: list[int]
+
+
+def sparse_rows(left: Any, tolerance: float, most: tuple[int, int] = (40, V), **limits: Any) -> Sparse:
+    n, first_row, guard = left.hidden.size(0), 1_000, 64
+    limits = {"room": (n * V, n * V), "most_dense": n, **limits}
+    room = sum(limits["room"])
+    keys = torch.full((room + guard,), -7, device="cuda")
+    elements = torch.full((room + guard,), math.nan, device="cuda")
+    starts, ends, totals = left.sparse(
+        tolerance, keys[:room], elements[:room], first_row=first_row, most=most, **limits
+    )
+    assert (keys[room:] == -7).all()
+    assert elements[room:].isnan().all()
+    counts, sums = (ends - starts).clamp(min=-1), totals.tolist()
+    found = torch.zeros(n, V, device="cuda", dtype=torch.float64)
+    if all(has <= room for has, room in zip(sums, limits["room"], strict=False)) and sums[3] <= limits["most_dense"]:
+        for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            assert (end - start > most[0]) == (end > start >= limits["room"][0])
+            words, rows = keys[start : max(end, start)] >> 32, keys[start : max(end, start)] & (2**32 - 1)
+            assert (rows == first_row + row).all()
+            assert (words.diff() > 0).all()
+            found[row, words] = elements[start : max(end, start)].double()
+        long = counts > most[0]
+        assert sums[0] == int(counts.clamp(min=0).where(~long, 0).sum())
+        assert sums[1:] == [int(counts.where(long, 0).sum()), int(long.sum()), int((counts < 0).sum())]
+    return Sparse(found, counts, sums)
+
+
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 3e-3])
 def test_the_rule(tolerance: float) -> None:
     """What is dropped is within the tolerance; with one power of two more it would not be, by the rule's bound."""
@@ -78,14 +112,10 @@ def test_what_is_dropped(tolerance: float) -> None:
     d_logps = rand(300, seed=5)
     d_logps[7] = 0.0
     left, truth = left_by(hidden, weight, index, d_logps)
-    ids, values, counts = left.sparse(tolerance, V)
+    found = sparse_rows(left, tolerance)
+    sparse, counts = found.dense, found.counts
     assert counts[7] == 0
-    kept = torch.arange(V, device="cuda") < counts[:, None]
-    assert ((ids[:, 1:] > ids[:, :-1]) | ~kept[:, 1:]).all()
-    sparse = torch.zeros_like(truth)
-    rows = torch.arange(300, device="cuda")[:, None].expand(-1, V)
-    sparse[rows[kept], ids[kept].long()] = values[kept].double()
-    fits = counts <= V
+    fits = counts >= 0
     assert fits.float().mean() > 0.5
     at_target = truth.gather(1, index[:, None]).squeeze(1)
     usual = float(at_target.square().mean().sqrt())
@@ -96,27 +126,26 @@ def test_what_is_dropped(tolerance: float) -> None:
     fewest, most = (sparse_rows_ref(truth, at_target, usual, tolerance * x)[0].sum(1) for x in (1.05, 0.95))
     assert (counts >= 0.95 * fewest - 3)[fits].all()
     assert (counts <= 1.05 * most + 3)[fits].all()
-    # What the elements are does not depend on the order of threads.
-    again = left.sparse(tolerance, V)
-    assert torch.equal(again[2], counts)
-    assert torch.equal(again[0][kept], ids[kept])
-    assert torch.equal(again[1][kept], values[kept])
+    # What the elements are, and their order within a row, does not depend on the order of blocks and threads.
+    again = sparse_rows(left, tolerance)
+    assert torch.equal(again.counts, counts)
+    assert torch.equal(again.dense, sparse)
 
 
 @on_hopper
-def test_a_row_that_does_not_fit_says_so() -> None:
+def test_rows_that_are_too_long_and_too_many() -> None:
     hidden, weight, index = peaked(40)
     left, _ = left_by(hidden, weight, index, torch.ones(40, device="cuda"))
-    counts = left.sparse(1e-3, V)[2]
+    counts = sparse_rows(left, 1e-3).counts
     middle = int(counts.median())
-    ids, _, few = left.sparse(1e-3, middle)
-    assert torch.equal(few <= middle, counts <= middle)
-    assert (ids[few <= middle][:, 0] >= 0).all()
-    # Again with more room, of some rows.
-    which = (few > middle).nonzero().squeeze(1)
-    wide_ids, _, wide = left.sparse(1e-3, V, which)
-    assert torch.equal(wide, counts[which])
-    assert torch.equal(left.sparse(1e-3, V)[0][which[0], : wide[0]], wide_ids[0, : wide[0]])
+    few = sparse_rows(left, 1e-3, (middle - 3, middle))
+    assert torch.equal(few.counts, counts.where(counts <= middle, -1))
+    assert 0 < few.totals[2] < 40
+    # Whatever has no room is counted all the same, and nothing is written beyond the room there is.
+    short, long = few.totals[:2]
+    assert sparse_rows(left, 1e-3, (middle - 3, middle), room=(short - 1, long)).totals[0] > short - 1
+    assert sparse_rows(left, 1e-3, (middle - 3, middle), room=(short, long - 1)).totals[1] > long - 1
+    assert sparse_rows(left, 1e-3, (middle - 3, middle), most_dense=0).totals[3] > 0
 
 
 def run(op: Any, leaves: list[Tensor], **inputs: Any) -> tuple[Any, list[Tensor]]:
@@ -131,13 +160,19 @@ def run(op: Any, leaves: list[Tensor], **inputs: Any) -> tuple[Any, list[Tensor]
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("workspace", [None, 5_008 * 2 * 192], ids=["one section", "several"])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("long_on_average", [128, 8])
 def test_losses(
-    flat: float, masked: bool, workspace: int | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+    flat: float,
+    masked: bool,
+    workspace: int | None,
+    bias: bool,
+    long_on_average: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Of 512 rows some need the wide room, and a few have none there either.
-    monkeypatch.setattr(_sparse, "CAPACITY", 256)
-    monkeypatch.setattr(_sparse, "WIDE_CAPACITY", 512)
-    monkeypatch.setattr(_sparse, "ROWS_A_WIDE_ONE", 8)
+    # Of 512 rows some are long, with room for some of them, and a few are dense.
+    monkeypatch.setattr(_sparse, "SHORT", 256)
+    monkeypatch.setattr(_sparse, "LONG", 512)
+    monkeypatch.setattr(_sparse, "LONG_ON_AVERAGE", long_on_average)
     count = 512
     hidden, weight, index = peaked(count, sure=14.0)
     hidden[count - int(flat * count) :] *= 0.05
@@ -181,6 +216,51 @@ def test_the_other_ops_and_what_is_frozen(frozen: str) -> None:
         assert torch.equal(found, value)
         assert (gradient.double() - truth.double()).norm() <= 6e-3 * truth.double().norm()
         assert not torch.equal(gradient, truth)
+
+
+@on_hopper
+@pytest.mark.parametrize("tilted", [False, True], ids=["", "entropy bonus"])
+def test_rows_without_a_gradient(tilted: bool) -> None:
+    """Dead rows are projected after the live ones, for their log-probs; the live ones may be dense or sparse."""
+    hidden, weight, index = peaked(300)
+    advantages = rand(1, 300, seed=7) * (torch.arange(300, device="cuda") % 3 > 0)
+    inputs: dict[str, Any] = {"completion_ids": index[None], "advantages": advantages, "impl": "cuda"}
+    inputs["config"] = GRPOLossConfig(entropy_coef=0.01 * tilted)
+    leaves = [hidden[None].requires_grad_(), weight.requires_grad_()]
+    dense, truth = run(linear_grpo_loss, leaves, **inputs)
+    sparse, found = run(linear_grpo_loss, leaves, sparse_grad_tol=3e-3, **inputs)
+    assert torch.equal(sparse.logps, dense.logps)
+    for x, y in zip(found, truth, strict=True):
+        assert 0.0 < (x.double() - y.double()).norm() <= 8e-3 * y.double().norm()
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [8, 264, 1_000])
+def test_sums_of_rows(dtype: torch.dtype, width: int) -> None:
+    """Sums of no entry, of a few, and of more than a warp takes; onto nothing, onto another matrix, and in place."""
+    from grpo_fast import cuda_linear
+
+    counts = torch.tensor([0, 1, 3, 32, 33, 700, 0, 2, 16_000, 5] + [1] * 30)
+    ends = counts.cumsum(0).cuda()
+    starts = ends - counts.cuda()
+    starts[6], ends[6] = 0, -1  # a row that is not sparse
+    entries = int(counts.sum())
+    pairs = torch.randint(0, 500, (entries, 2), device="cuda", dtype=torch.int32)
+    weights, matrix = rand(entries, seed=1), rand(500, width, seed=2).bfloat16()
+    truth = torch.zeros(counts.numel(), width, device="cuda", dtype=torch.float64)
+    owners = torch.arange(counts.numel()).repeat_interleave(counts).cuda()
+    truth.index_add_(0, owners, weights.double()[:, None] * matrix[pairs[:, 1].long()].double())
+    base = rand(counts.numel(), width, seed=3)
+    for onto in (None, base, "itself"):
+        out = base.clone() if onto == "itself" else torch.full_like(truth, math.nan, dtype=dtype)
+        start = out if onto == "itself" else onto
+        expected = truth if onto is None else truth + base.double()
+        cuda_linear.sum_of_rows(out, starts, ends, pairs[:, 1], weights, matrix, start)
+        bound = 1e-5 * expected.abs().clamp(min=100.0) + (
+            2.0**-8 * expected.abs() if out.dtype != torch.float32 else 0
+        )
+        assert ((out.double() - expected).abs() <= bound).all()
 
 
 @on_hopper

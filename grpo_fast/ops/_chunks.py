@@ -43,8 +43,11 @@ LOGITS_SHARE = 4
 TILE_ROWS = 128
 #: If a larger share of a section's rows cannot be sparse, all of them are dense.
 DENSE_SHARE = 0.5
-#: What a section takes for the elements of a row that may be sparse, before those of all rows are put together.
-SPARSE_ROW_BYTES = 2**14
+#: So too if sparse rows have more elements than these, on average over a section: those with few, those with many.
+#: About so many cost what a dense row does.
+SHORT_ON_AVERAGE, LONG_ON_AVERAGE = 256, 128
+#: What an element takes.
+ELEMENT_BYTES = 12
 #: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
 PASSING_ROWS = 9 * TILE_ROWS
 LAUNCH_ROWS = 64 * TILE_ROWS
@@ -137,8 +140,8 @@ class ChunkedHead:
         self._chunk_rows = self._section_rows = max(workspace_bytes // kept_bytes, 1)
         if not keeps_logits:
             a_row = float(self.dtype.itemsize * width)
-            if sparse:  # what cannot be is copied
-                a_row = (1.0 + DENSE_SHARE) * a_row + SPARSE_ROW_BYTES
+            if sparse:  # what cannot be is set aside
+                a_row = (1.0 + DENSE_SHARE) * a_row + (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * ELEMENT_BYTES
             self._section_rows = max(int(workspace_bytes / a_row), 1)
             self._chunk_rows = max(self._section_rows, LAUNCH_ROWS)
         elif rows.live == 0:
@@ -153,6 +156,7 @@ class ChunkedHead:
             live: max((_length(section) for section, of_live in self._sections() if of_live == live), default=0)
             for live in (True, False)
         }
+        self.longest_section = longest[True]
         kept = min(max(longest.values()), self._chunk_rows) if keeps_logits else 0
         self._project = Projection(self.weight, bias, kept)
         self._gradient = self._project.logits  # over the logits, an element in the place of another
@@ -216,20 +220,29 @@ class ChunkedHead:
         """(n, V), where the gradient of the logits of these rows is to be written."""
         return self._gradient[self._within_section(rows)]
 
-    def backpropagate(self, rows: slice, which: Tensor | None = None) -> None:
-        """Take the gradients of a section to hidden states, weight and bias, when these rows are its last.
-
-        Of a section that is a chunk, only those of ``which`` rows, if given.
-        """
+    def backpropagate(self, rows: slice) -> None:
+        """Take the gradients of a section to hidden states, weight and bias, when these rows are its last."""
         if rows.stop < self._section.stop:
             return
-        gradient, x = self._gradient[: _length(self._section)], self._x
-        if which is not None:
-            gradient, x = gradient.index_select(0, which), x.index_select(0, which)
+        gradient = self._gradient[: _length(self._section)]
         if self._d_hidden is not None:
-            self._backpropagate_to_hidden(gradient, self._d_hidden, which)
+            in_place = self.rows.index is None and self._scale is None
+            if in_place and self._d_hidden.dtype in (self.dtype, torch.float32):
+                product(gradient, self.weight, self._d_hidden[self._section])
+            else:
+                self.put_hidden(self._section, self._hidden_rows(gradient))
             if self._section.stop == self.rows.live:
                 self._reduce_hidden()  # while the last section's product with the weight is computed
+        self._add_to_weight(gradient, self._x)
+
+    def _hidden_rows(self, gradient: Tensor) -> Tensor:
+        d_rows = gradient.new_empty(gradient.size(0), self.weight.size(1), dtype=torch.float32)
+        product(gradient, self.weight, d_rows)
+        if self._scale is not None:
+            d_rows /= self._scale
+        return d_rows
+
+    def _add_to_weight(self, gradient: Tensor, x: Tensor) -> None:
         if self.needs.weight:
             if self._d_weight is None:
                 self._d_weight = self.weight.new_empty(self.weight.shape, dtype=self._total_dtype)
@@ -239,36 +252,35 @@ class ChunkedHead:
         if self._d_bias is not None:
             self._d_bias += gradient.sum(0, dtype=torch.float32)
 
-    def _backpropagate_to_hidden(self, gradient: Tensor, d_hidden: Tensor, which: Tensor | None) -> None:
-        in_place = which is None and self.rows.index is None and self._scale is None
-        if in_place and d_hidden.dtype in (self.dtype, torch.float32):
-            product(gradient, self.weight, d_hidden[self._section])
-        else:
-            d_rows = gradient.new_empty(gradient.size(0), d_hidden.size(1), dtype=torch.float32)
-            product(gradient, self.weight, d_rows)
-            if self._scale is not None:
-                d_rows /= self._scale
-            self.put_hidden(self._section, d_rows, which)
-
-    def put_hidden(self, rows: slice, d_rows: Tensor, which: Tensor | None = None) -> None:
-        """Set the gradient of the hidden states of ``rows``, or of ``which`` of them."""
+    def put_hidden(self, rows: slice | Tensor, d_rows: Tensor) -> None:
+        """Set the gradient of the hidden states of ``rows``, or of the rows of these numbers."""
         assert self._d_hidden is not None
         d_rows, index = d_rows.to(self._d_hidden.dtype), self.rows.index
         if index is not None:
-            self._d_hidden.index_copy_(0, index[rows] if which is None else index[rows][which], d_rows)
-        elif which is not None:
-            self._d_hidden.index_copy_(0, which + rows.start, d_rows)
-        else:
+            self._d_hidden.index_copy_(0, index[rows], d_rows)
+        elif isinstance(rows, slice):
             self._d_hidden[rows] = d_rows
+        else:
+            self._d_hidden.index_copy_(0, rows, d_rows)
 
-    def sparse_totals(self) -> tuple[Tensor | None, Tensor | None]:
-        """Where the sparse rows, all of them, add to the gradients of weight and bias in float32.
+    def backpropagate_rows(self, gradient: Tensor, which: Tensor) -> None:
+        """Take the gradients (n, V) of the rows of these numbers to hidden states, weight and bias."""
+        if self.needs.hidden:
+            self.put_hidden(which, self._hidden_rows(gradient))
+        self._add_to_weight(gradient, self.all_states().index_select(0, which))
 
-        Where nothing else does, the weight's is to be written as it is handed out.
-        """
-        if self.needs.weight and self._d_weight is None:
+    def weight_total(self) -> tuple[Tensor | None, Tensor]:
+        """(the sum so far of the weight's gradient, if any; where to write it with what is added last)."""
+        total = self._d_weight
+        if total is None or self._weight_grad_out is None:
             self._d_weight = self.weight.new_empty(self.weight.shape, dtype=self._weight_dtype)
-        return self._d_weight, self._d_bias
+        assert self._d_weight is not None
+        return total, self._d_weight
+
+    def add_to_bias(self, words: Tensor, values: Tensor) -> None:
+        """Add elements of the gradient of the logits to that of the bias."""
+        assert self._d_bias is not None
+        self._d_bias.index_put_((words,), values, accumulate=True)
 
     def _reduce_hidden(self) -> None:
         """Begin to add up the hidden states' gradient over the group.

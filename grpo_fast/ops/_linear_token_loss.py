@@ -159,7 +159,7 @@ def linear_token_loss(
             gradient = head.gradient(part) if has_gradient else None
             if linear is not None:
                 left = linear.loss_rows(found, gradient, head.states(part), head.weight, bias, *rest, **options)
-                if sparse is not None:
+                if gradient is not None and sparse is not None:
                     sparse.backpropagate(part, left)
                 elif gradient is not None:
                     left.gradient()

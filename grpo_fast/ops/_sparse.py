@@ -7,36 +7,26 @@ one of the hidden states for each element. Rows with too many elements stay dens
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._chunks import DENSE_SHARE, ChunkedHead
+from grpo_fast.ops._chunks import DENSE_SHARE, LONG_ON_AVERAGE, SHORT_ON_AVERAGE, ChunkedHead
 from grpo_fast.ops._row_kernels import LinearKernels
 
-#: Elements for which every row has room, and for which one in ROWS_A_WIDE_ONE rows has. A section with any dense row
-#: pays for a sum over the weight, so even a long row is better sparse.
-CAPACITY, WIDE_CAPACITY, ROWS_A_WIDE_ONE = 512, 16_384, 32
-#: Elements of a row on average: about so many cost what a dense row does.
-MOST_ON_AVERAGE = 384
+#: Elements of a short row and of a long one at most. Any dense row costs a sum over the weight, so a few long rows
+#: are better sparse; if there are many, they are dense.
+SHORT, LONG = 512, 16_384
 #: The longest row that a block can search (kSparseWords).
 MOST_WORDS = 262_144
-
-
-class Entries(NamedTuple):
-    """Elements of the gradient of the logits, by row and then by word."""
-
-    rows: Tensor  # int32, counted over all sections
-    columns: Tensor  # int32
-    values: Tensor  # float32
 
 
 class SparseGradient:
     """Takes from a head's sections the rows that are sparse.
 
-    A section's entries are put together once the next one's product is under way, so that the GPU does not wait for
-    the host to do so.
+    Of each section the host waits for two numbers, whether enough of it is sparse; all else follows on the GPU. Its
+    dense rows are kept until there are many, so that most calls have one product with them, if any.
 
     Args:
         head: What they come from, and what their products go to.
@@ -46,85 +36,98 @@ class SparseGradient:
 
     def __init__(self, head: ChunkedHead, sum_of_rows: Callable[..., Any], tolerance: float) -> None:
         self._head, self._sum_of_rows, self._tolerance = head, sum_of_rows, tolerance
-        none = head.weight.new_empty(0, dtype=torch.int32)
-        self._taken = [Entries(none, none, none.float())]
-        self._pending: Callable[[], None] | None = None
         self._dense = False
+        self._taken: list[tuple[Tensor, Tensor]] = []
+        self._aside: Tensor | None = None  # gradients of dense rows
+        self._numbers = torch.empty(0, dtype=torch.int64, device=head.weight.device)  # of those rows
+        # Where the elements of a section go: their words and rows as one number, to sort by; and their values.
+        room = (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * head.longest_section
+        self._keys = head.weight.new_empty(room, dtype=torch.int64)
+        self._values = head.weight.new_empty(room, dtype=torch.float32)
 
     def backpropagate(self, part: slice, exponentials: Any) -> None:
-        """Take a section to hidden states, weight and bias: what is sparse, then the rest."""
-        self._settle()
-        rest = None if self._dense else self._take(part, exponentials)
-        if rest is None or rest.numel() > 0:
-            exponentials.gradient(rest)
-            self._head.backpropagate(part, rest)
+        """Take a section to hidden states, weight and bias."""
+        if self._dense or not self._take(part, exponentials):
+            self._dense = True  # and so, very likely, are the next ones
+            exponentials.gradient()
+            self._head.backpropagate(part)
 
-    def _take(self, part: slice, exponentials: Any) -> Tensor | None:
-        """The numbers of the rows that are left; None for all, where most are too flat, and so the next ones."""
-        ids, values, counts = exponentials.sparse(self._tolerance, CAPACITY)
-        n = counts.numel()
-        places = torch.arange(n, device=counts.device) * CAPACITY  # in ids and values
-        left = counts > CAPACITY
-        if 0 < (remaining := int(left.sum())) <= n // ROWS_A_WIDE_ONE:
-            rest = left.nonzero().squeeze(1)
-            wide_ids, wide_values, wide_counts = exponentials.sparse(self._tolerance, WIDE_CAPACITY, rest)
-            counts[rest] = wide_counts
-            places[rest] = n * CAPACITY + torch.arange(remaining, device=rest.device) * WIDE_CAPACITY
-            ids, values = (torch.cat([x.flatten(), y.flatten()]) for x, y in ((ids, wide_ids), (values, wide_values)))
-            left = counts > WIDE_CAPACITY
-        counts = counts.where(~left, 0)
-        remaining, entries = torch.stack([left.sum(), counts.sum()]).tolist()
-        if remaining > DENSE_SHARE * n or entries > MOST_ON_AVERAGE * n:
-            self._dense = True
-            return None
-        rest = left.nonzero().squeeze(1) if remaining > 0 else places[:0]
-        which = (~left).nonzero().squeeze(1) if remaining > 0 else None
-        self._pending = lambda: self._put_together(
-            part, ids.flatten(), values.flatten(), counts, places, entries, which
+    def _take(self, part: slice, exponentials: Any) -> bool:
+        """Take a section unless most of it is too flat."""
+        n = part.stop - part.start
+        room = SHORT_ON_AVERAGE * n, LONG_ON_AVERAGE * n
+        most_dense = int(DENSE_SHARE * n)
+        keys, values = self._keys[: sum(room)], self._values[: sum(room)]
+        starts, ends, totals = exponentials.sparse(
+            self._tolerance,
+            keys,
+            values,
+            first_row=part.start,
+            most=(SHORT, LONG),
+            room=room,
+            most_dense=most_dense,
         )
-        return rest
-
-    def _settle(self) -> None:
-        if self._pending is not None:
-            self._pending()
-            self._pending = None
-
-    def _put_together(
-        self,
-        part: slice,
-        ids: Tensor,
-        values: Tensor,
-        counts: Tensor,
-        places: Tensor,
-        entries: int,
-        which: Tensor | None,
-    ) -> None:
-        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts, output_size=entries)
-        at = torch.arange(entries, device=rows.device) - starts[rows] + places[rows]
-        found = Entries((rows + part.start).int(), ids[at], values[at])
-        self._taken.append(found)
+        in_short, in_long, longs, dense = totals.tolist()
+        if in_long > room[1]:
+            ends = torch.where(ends - starts > SHORT, starts - 1, ends)
+            in_long, dense = 0, dense + longs
+        if in_short > room[0] or dense > most_dense:
+            return False
         if self._head.needs.hidden:
             weight = self._head.weight
-            d_rows = weight.new_empty(counts.numel(), weight.size(1))
-            self._sum_of_rows(d_rows, starts, found.columns, found.values, weight)
-            self._head.put_hidden(part, d_rows if which is None else d_rows[which], which)
+            d_rows = weight.new_empty(n, weight.size(1))
+            self._sum_of_rows(d_rows, starts, ends, _words(keys), values, weight, None)
+            self._head.put_hidden(part, d_rows)
+        for first, count in ((0, in_short), (room[0], in_long)):
+            taken = slice(first, first + count)
+            self._taken.append((keys[taken].clone(), values[taken].clone()))
+        if dense > 0:
+            which = torch.nonzero_static(ends < starts, size=dense).squeeze(1)
+            exponentials.gradient(which)
+            self._set_aside(self._head.gradient(part), which, part.start)
+        return True
+
+    def _set_aside(self, gradient: Tensor, which: Tensor, first_row: int) -> None:
+        if self._aside is None:
+            most = int(DENSE_SHARE * self._head.longest_section)
+            self._aside = gradient.new_empty(most, gradient.stride(0))[:, : gradient.size(1)]
+        before = self._numbers.numel()
+        if before + which.numel() > self._aside.size(0):
+            self._backpropagate_aside()
+            before = 0
+        torch.index_select(gradient, 0, which, out=self._aside[before : before + which.numel()])
+        self._numbers = torch.cat([self._numbers, which + first_row])
+
+    def _backpropagate_aside(self) -> None:
+        if self._aside is not None and self._numbers.numel() > 0:
+            self._head.backpropagate_rows(self._aside[: self._numbers.numel()], self._numbers)
+        self._numbers = self._numbers[:0]
 
     def finish(self) -> None:
         """Add what was taken to the gradients of weight and bias, in the order of the words, then of the rows."""
-        self._settle()
-        d_weight, d_bias = self._head.sparse_totals()
-        if d_weight is None and d_bias is None:
+        self._backpropagate_aside()
+        self._aside = None
+        if not self._taken:
             return
-        rows, columns, values = (torch.cat(x) for x in zip(*self._taken, strict=True))
-        columns, order = columns.sort(stable=True)
-        rows, values = rows[order], values[order]
-        if d_weight is not None:
-            bounds = torch.arange(d_weight.size(0) + 1, device=columns.device, dtype=torch.int32)
-            starts = torch.searchsorted(columns, bounds)
-            self._sum_of_rows(d_weight, starts, rows, values, self._head.all_states())
-        if d_bias is not None:
-            d_bias.index_put_((columns.long(),), values, accumulate=True)
+        keys, values = (torch.cat(x) for x in zip(*self._taken, strict=True))
+        keys, order = keys.sort()
+        values = values[order]
+        if self._head.needs.weight:
+            total, d_weight = self._head.weight_total()
+            words = torch.arange(d_weight.size(0) + 1, device=keys.device) << 32
+            bounds = torch.searchsorted(keys, words)
+            states = self._head.all_states()
+            self._sum_of_rows(d_weight, bounds[:-1], bounds[1:], _rows(keys), values, states, total)
+        if self._head.needs.bias:
+            self._head.add_to_bias(_words(keys).long(), values)
+
+
+def _rows(keys: Tensor) -> Tensor:
+    return keys.view(torch.int32)[0::2]
+
+
+def _words(keys: Tensor) -> Tensor:
+    return keys.view(torch.int32)[1::2]
 
 
 def sparse_gradient(
