@@ -175,7 +175,7 @@ class Sequences:
             self.mask = self.mask & (owner < self.count)  # rows past the last sequence are padding
             self._owner = owner.clamp(max=max(self.count - 1, 0))
         self.dtype = dtype
-        self.lengths = self.sum(torch.ones_like(self.mask, dtype=dtype))
+        self.lengths = self.mask.sum(-1, dtype=dtype) if cu_seqlens is None else self.sum(self.mask.to(dtype))
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of a per-token tensor over each sequence's tokens that count: (B,)."""

@@ -142,14 +142,17 @@ class LossBatch:
             and (c.entropy_coef == 0.0 or self.entropy_threshold is None)  # a mean over those it selects
         )
 
-    def live(self, sequences: Sequences) -> Tensor | None:
-        """Per token, bool: where the gradient is not known to be 0 before the log-probs are. None: everywhere."""
+    def live(self, sequences: Sequences, advantages: Tensor) -> Tensor | None:
+        """Per token, bool: where the gradient is not known to be 0 before the log-probs are. None: everywhere.
+
+        ``advantages`` are per token.
+        """
         chosen = None if self.entropy_mask is None else self.entropy_mask.bool()
         if self.config.beta != 0.0:
             return None
         live = chosen
         if self.config.entropy_coef == 0.0:
-            live = sequences.per_token(self.group_advantages()[0]) != 0
+            live = advantages != 0
             if self.importance_sampling_ratio is not None:
                 live = live & (sequences.per_token(self.importance_sampling_ratio, 1.0) != 0)
             if chosen is not None:

@@ -38,13 +38,18 @@ class Rows:
             index = mask.nonzero().squeeze(-1)
             total = index.numel()
             first = total if gradient else 0
+            return Rows(count, first, total, index=None if total == count else index)
+        if mask is None:
+            first, total = int(live.sum()), count
         else:
-            kept = torch.ones_like(live) if mask is None else mask
-            live = live & kept
-            index = (2 - kept.to(torch.uint8) - live.to(torch.uint8)).argsort(stable=True)
-            first, total = torch.stack([live.sum(), kept.sum()]).tolist()
+            live = live & mask
+            first, total = torch.stack([live.sum(), mask.sum()]).tolist()
         if total == count and first in (0, count):
             return Rows(count, first, total)
+        order = 1 - live.to(torch.int8)
+        if mask is not None:
+            order += 1 - mask.to(torch.int8)
+        index = order.argsort(stable=True)
         return Rows(count, first, total, index=index[:total])
 
     def take(self, x: Tensor) -> Tensor:

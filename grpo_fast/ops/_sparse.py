@@ -25,8 +25,9 @@ MOST_WORDS = 262_144
 class SparseGradient:
     """Takes from a head's sections the rows that are sparse.
 
-    Of each section the host waits for two numbers, whether enough of it is sparse; all else follows on the GPU. Its
-    dense rows are kept until there are many, so that most calls have one product with them, if any.
+    Of each section the host waits for its totals: whether enough of it is sparse. Its elements are collected once the
+    next one's product is under way, so that the GPU does not wait for the host to launch that. Dense rows are set
+    aside until there are many, so that most calls have one product with them, if any.
 
     Args:
         head: What they come from, and what their products go to.
@@ -38,6 +39,7 @@ class SparseGradient:
         self._head, self._sum_of_rows, self._tolerance = head, sum_of_rows, tolerance
         self._dense = False
         self._taken: list[tuple[Tensor, Tensor]] = []
+        self._found: tuple[slice, Tensor, Tensor, tuple[tuple[int, int], ...]] | None = None
         self._aside: Tensor | None = None  # gradients of dense rows
         self._numbers = torch.empty(0, dtype=torch.int64, device=head.weight.device)  # of those rows
         # Where the elements of a section go: their words and rows as one number, to sort by; and their values.
@@ -47,6 +49,7 @@ class SparseGradient:
 
     def backpropagate(self, part: slice, exponentials: Any) -> None:
         """Take a section to hidden states, weight and bias."""
+        self._collect()
         if self._dense or not self._take(part, exponentials):
             self._dense = True  # and so, very likely, are the next ones
             exponentials.gradient()
@@ -73,19 +76,28 @@ class SparseGradient:
             in_long, dense = 0, dense + longs
         if in_short > room[0] or dense > most_dense:
             return False
-        if self._head.needs.hidden:
-            weight = self._head.weight
-            d_rows = weight.new_empty(n, weight.size(1))
-            self._sum_of_rows(d_rows, starts, ends, _words(keys), values, weight, None)
-            self._head.put_hidden(part, d_rows)
-        for first, count in ((0, in_short), (room[0], in_long)):
-            taken = slice(first, first + count)
-            self._taken.append((keys[taken].clone(), values[taken].clone()))
+        self._found = part, starts, ends, ((0, in_short), (room[0], in_long))
         if dense > 0:
             which = torch.nonzero_static(ends < starts, size=dense).squeeze(1)
             exponentials.gradient(which)
             self._set_aside(self._head.gradient(part), which, part.start)
         return True
+
+    def _collect(self) -> None:
+        """Keep the last section's elements, and take them to the hidden states."""
+        if self._found is None:
+            return
+        part, starts, ends, lots = self._found
+        self._found = None
+        if self._head.needs.hidden:
+            weight = self._head.weight
+            d_rows = weight.new_empty(starts.numel(), weight.size(1))
+            self._sum_of_rows(d_rows, starts, ends, _words(self._keys), self._values, weight, None)
+            self._head.put_hidden(part, d_rows)
+        for first, count in lots:
+            if count > 0:
+                taken = slice(first, first + count)
+                self._taken.append((self._keys[taken].clone(), self._values[taken].clone()))
 
     def _set_aside(self, gradient: Tensor, which: Tensor, first_row: int) -> None:
         if self._aside is None:
@@ -105,6 +117,7 @@ class SparseGradient:
 
     def finish(self) -> None:
         """Add what was taken to the gradients of weight and bias, in the order of the words, then of the rows."""
+        self._collect()
         self._backpropagate_aside()
         self._aside = None
         if not self._taken:
@@ -114,7 +127,7 @@ class SparseGradient:
         values = values[order]
         if self._head.needs.weight:
             total, d_weight = self._head.weight_total()
-            words = torch.arange(d_weight.size(0) + 1, device=keys.device) << 32
+            words = torch.arange(0, (d_weight.size(0) << 32) + 1, 1 << 32, device=keys.device)
             bounds = torch.searchsorted(keys, words)
             states = self._head.all_states()
             self._sum_of_rows(d_weight, bounds[:-1], bounds[1:], _rows(keys), values, states, total)

@@ -177,9 +177,11 @@ def linear_grpo_loss(
 
     sequences = batch.sequences(accumulation_dtype(hidden, weight))
     shown = sequences
-    if metrics == "active" and (live := batch.live(sequences)) is not None:
-        batch_shown = replace(batch, completion_mask=sequences.mask & live)
-        shown = batch_shown.sequences(sequences.dtype)
+    if metrics == "active":
+        live = batch.live(sequences, sequences.per_token(batch.group_advantages()[0]))
+        if live is not None:
+            batch_shown = replace(batch, completion_mask=sequences.mask & live)
+            shown = batch_shown.sequences(sequences.dtype)
     logps, entropy = linear_logps(
         hidden,
         weight,
@@ -213,7 +215,8 @@ def _fused(
     sequences = batch.sequences(torch.float32)
     mask = None if batch.counts_everything else sequences.mask
     advantages, zero_std = batch.group_advantages()
-    live = batch.live(sequences)
+    advantages = sequences.per_token(advantages)
+    live = batch.live(sequences, advantages)
     if metrics == "active" and live is not None:
         mask, live = sequences.mask & live, None
     ratio = batch.importance_sampling_ratio
@@ -232,7 +235,7 @@ def _fused(
         _flat(batch.completion_ids),
         mask,
         _flat(live),
-        _flat(sequences.per_token(advantages)),
+        _flat(advantages),
         _flat(token_weights(sequences, batch.num_items_in_batch, c).expand_as(sequences.mask)),
         _flat(batch.old_logps),
         _flat(batch.ref_logps) if c.beta != 0.0 else None,
