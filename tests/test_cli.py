@@ -52,6 +52,10 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["train", "--reward", "os.path"], "reward: got 'os.path'"),
         (["train", "--reward", "builtins:format"], "reward: got 'builtins:format', want another name than accuracy"),
         (["train", "--temperature", "inf"], "temperature: got inf, want a finite number"),
+        (
+            ["train", "--device", "cpu", "--lm-head-dtype", "bfloat16", "--sparse-grad-tol", "1e-3"],
+            "sparse_grad_tol: got 0.001 with impl='torch', want None, or impl='cuda' on Hopper",
+        ),
         (["eval", "nowhere"], "folder: nowhere holds no run"),
         (["eval", "half"], "folder: half holds no finished run; want one, or --model"),
         (["report", "nowhere"], "folder: nowhere holds no finished run"),
@@ -100,8 +104,9 @@ def test_an_option_that_needs_an_extra_names_it(
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
-    assert main(["train", "--out", str(tmp_path / "run"), "--reward", "no_such_module:f"]) == 2
-    assert not (tmp_path / "run").exists()
+    for wrong in ("--reward no_such_module:f", "--device cpu --lm-head-dtype bfloat16 --sparse-grad-tol 1e-3"):
+        assert main(["train", "--out", str(tmp_path / "run"), *wrong.split()]) == 2
+        assert not (tmp_path / "run").exists()
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("reasoning_gym")
 
 from grpo_fast import group_advantages, linear_selective_log_softmax
-from grpo_fast.train import checkpoint, trainer
+from grpo_fast.train import checkpoint, trainer, update
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.ranks import ALONE
 from grpo_fast.train.recorder import batch_metrics, read_metrics
@@ -143,6 +143,37 @@ def test_sampling_follows_the_distribution(policy: Policy) -> None:
     p = policy.log_probs(hidden, 1.0).exp()[0]
     counts = torch.bincount(batch.completion_ids[:2000, 0], minlength=p.numel())
     assert ((counts - 2000 * p) ** 2 / (2000 * p)).sum() < 2 * p.numel()
+
+
+def test_a_head_in_bfloat16_is_one_in_sampling_and_in_the_loss() -> None:
+    """Both round, but for a hidden state halfway; the gradient of the weights, in float32, passes through."""
+    p = load_policy("tiny", device="cpu", seed=3, lm_head_dtype="bfloat16")
+    exact = load_policy("tiny", device="cpu", seed=3)
+    batch = draw(p)
+    settings = replace(SMALL, group_size=3)
+    off = [(reference_logps(own, batch, settings) - batch.logps).abs().mean() for own in (p, exact)]
+    assert off[0] < 2e-6 < 1e-4 < off[1]
+    grpo_gradients(p, batch, torch.ones(15), batch.logps, settings)
+    assert p.model.lm_head.weight.grad.dtype == torch.float32
+    assert p.model.lm_head.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 3e-3])
+def test_the_tolerance_of_the_gradient_reaches_the_loss(
+    tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in takes what the kernels on a GPU would, and the reference path does the rest."""
+    calls, real = [], update.linear_grpo_loss
+
+    def stand_in(hidden: torch.Tensor, *, weight: torch.Tensor, sparse_grad_tol: float | None, **options: Any) -> Any:
+        calls.append((tuple(hidden.shape[:2]), hidden.dtype, weight.dtype, sparse_grad_tol))
+        return real(hidden, weight=weight, **options)
+
+    monkeypatch.setattr(update, "linear_grpo_loss", stand_in)
+    train(replace(SMALL, steps=1, lm_head_dtype="bfloat16", sparse_grad_tol=tolerance), tmp_path / "run")
+    assert {call[1:] for call in calls} == {(torch.bfloat16, torch.bfloat16, tolerance or None)}
+    assert (calls[0][0] == (1, 1)) == (tolerance > 0)  # asked before anything is sampled
+    assert len(calls) == SMALL.minibatches + (tolerance > 0)
 
 
 def test_supervised_loss_is_the_mean_over_completion_tokens(policy: Policy) -> None:
@@ -414,6 +445,9 @@ def test_a_preset_gives_way_to_what_is_said() -> None:
         ({"lr": -1.0}, "lr: got -1.0"),
         ({"language_weight": -1.0}, "language_weight: got -1.0"),
         ({"language": "klingon"}, "language: got 'klingon'"),
+        ({"lm_head_dtype": "float16"}, "lm_head_dtype: got 'float16', want float32 or bfloat16"),
+        ({"sparse_grad_tol": 1e-3}, "sparse_grad_tol: got 0.001 with lm_head_dtype = 'float32', want bfloat16"),
+        ({"sparse_grad_tol": -1.0}, "sparse_grad_tol: got -1.0, want at least 0"),
         ({"rollout": "sglang"}, "rollout: got 'sglang', want model or vllm"),
         ({"rollout": "vllm"}, "vllm_server: got '', want an address"),
         ({"rollout": "vllm", "vllm_server": "localhost:8000"}, "vllm_server: got 'localhost:8000', want an address"),

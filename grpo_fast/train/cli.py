@@ -230,7 +230,8 @@ def _eval(options: dict[str, Any], command: str) -> None:
     if options["model"] is None and not (folder / "model").is_dir():
         raise ValueError(f"folder: {folder} holds no finished run; want one, or --model")
     settings = load_settings({}, folder / SETTINGS_FILE)
-    policy = load_policy(options["model"] or str(folder / "model"), device=settings.device)
+    model = options["model"] or str(folder / "model")
+    policy = load_policy(model, device=settings.device, lm_head_dtype=settings.lm_head_dtype)
     found = evaluate(
         policy,
         settings.load_task(),

@@ -42,15 +42,26 @@ class Policy:
         tokenizer: Its tokenizer.
         device: Where it is.
         autocast: Compute in bfloat16 (weights stay float32): on a GPU, for pretrained models.
+        lm_head_dtype: What hidden states and head are rounded to where logits are made of them, in losses and in
+            sampling. The logits themselves are float32.
         cache_name: What the model calls its key-value cache, as an argument and in its output: ``"cache"`` from
             transformers 5.24 on, ``"past_key_values"`` before.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, compact: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        compact: bool,
+        device: torch.device,
+        lm_head_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model.to(device)
         self.tokenizer = tokenizer
         self.device = device
         self.autocast = device.type == "cuda" and not compact
+        self.lm_head_dtype = lm_head_dtype
         arguments = inspect.signature(model.base_model.forward).parameters
         self.cache_name = "cache" if "cache" in arguments else "past_key_values"
         self._compact = compact
@@ -120,16 +131,21 @@ class Policy:
                 input_ids=input_ids, attention_mask=mask.long(), position_ids=positions, **options
             )
 
+    def hidden_states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L, H) of sequences (B, L) from their beginning, as the linear ops take them beside ``head``."""
+        states: Tensor = self.forward(input_ids, mask, use_cache=False).last_hidden_state
+        return states.to(self.lm_head_dtype)
+
     @property
     def head(self) -> dict[str, Any]:
         """The arguments that the linear ops take for the head and its logits."""
         head = self.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        return {"weight": head.weight, "bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        weight, bias = head.weight.to(self.lm_head_dtype), getattr(head, "bias", None)
+        return {"weight": weight, "bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
     def log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
         """Log-probabilities (B, V) of the next token from hidden states (B, H), in float32 as in the loss."""
-        head = self.head
+        head, hidden = self.head, hidden.to(self.lm_head_dtype)
         bias = None if head["bias"] is None else head["bias"].float()
         z = torch.nn.functional.linear(hidden.float(), head["weight"].float(), bias) * self.logit_scale
         if self.softcap is not None:
@@ -146,7 +162,7 @@ class Policy:
 MADE_ANEW: dict[str, int] = {"tiny": 128, "tiny-student": 64, "small": 512, "small-student": 256}
 
 
-def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
+def load_policy(name: str, *, device: str = "auto", seed: int = 0, lm_head_dtype: str = "float32") -> Policy:
     """Load a model by name: one of ``MADE_ANEW``, ``"smollm2-135m"``, a folder, or a name on the hub.
 
     Tiny ones are made anew, their weights drawn from ``seed``. Weights are float32; only safetensors files are
@@ -158,10 +174,11 @@ def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch sees no GPU; want 'cpu' or 'auto'")
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = dict(device=where, lm_head_dtype=getattr(torch, lm_head_dtype))
     if name in MADE_ANEW:
         torch.manual_seed(seed)
         tokenizer = character_tokenizer()
-        return Policy(tiny_model(tokenizer, MADE_ANEW[name]), tokenizer, compact=True, device=where)
+        return Policy(tiny_model(tokenizer, MADE_ANEW[name]), tokenizer, compact=True, **options)
     source = str(model_folder(name)) if name in GGUF else name
     if not Path(source).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise ValueError(
@@ -174,7 +191,7 @@ def load_policy(name: str, *, device: str = "auto", seed: int = 0) -> Policy:
     except OSError as error:
         raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
     compact = isinstance(model, LlamaForCausalLM) and TAGS[0] in tokenizer.get_vocab()
-    return Policy(model, tokenizer, compact=compact, device=where)
+    return Policy(model, tokenizer, compact=compact, **options)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

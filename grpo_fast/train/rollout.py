@@ -47,8 +47,7 @@ class Rollout:
         """Hidden states (B, T, H) of ``policy`` that predict the completions."""
         ids = torch.cat([self.prompt_ids, self.completion_ids], 1)
         mask = torch.cat([self.prompt_mask, self.completion_mask], 1)
-        states: Tensor = policy.forward(ids, mask, use_cache=False).last_hidden_state
-        return states[:, self.prompt_ids.size(1) - 1 : -1]
+        return policy.hidden_states(ids, mask)[:, self.prompt_ids.size(1) - 1 : -1]
 
 
 def pad_left(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:

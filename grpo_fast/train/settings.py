@@ -72,6 +72,12 @@ class Settings:
     beta: float = _setting(0.01, "weight of the KL to the model that GRPO started from; 0 for no reference model")
     kl_estimator: str = _setting("k3", "k1, k2 or k3")
     scale_rewards: str = _setting("group", "divide rewards by the std of the 'group', the 'batch', or 'none'")
+    lm_head_dtype: str = _setting(
+        "float32", "'float32' or 'bfloat16': what hidden states and head are taken in where logits are made of them"
+    )
+    sparse_grad_tol: float = _setting(
+        0.0, "what the gradient of GRPO's logits may lose, 1e-4 to 0.1 (docs/sparse.md), on Hopper; 0 for nothing"
+    )
 
     format_weight: float = _setting(0.1, "reward for <think>...</think><answer>...</answer>; a right answer is 1")
     language_weight: float = _setting(0.0, "reward for the share of the thought's words that are of the language")
@@ -114,6 +120,13 @@ class Settings:
             raise ValueError(
                 f"overlong_buffer: got {self.overlong_buffer}, want at most max_new_tokens = {self.max_new_tokens}"
             )
+        if self.lm_head_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"lm_head_dtype: got {self.lm_head_dtype!r}, want float32 or bfloat16")
+        if self.sparse_grad_tol and self.lm_head_dtype != "bfloat16":
+            raise ValueError(
+                f"sparse_grad_tol: got {self.sparse_grad_tol} with lm_head_dtype = {self.lm_head_dtype!r}, want "
+                f"bfloat16, or 0 for a dense gradient"
+            )
         if self.rollout not in ("model", "vllm"):
             raise ValueError(f"rollout: got {self.rollout!r}, want model or vllm")
         if bool(re.match(r"https?://[^/]", self.vllm_server)) != (self.rollout == "vllm"):
@@ -152,7 +165,7 @@ _AT_LEAST_ONE = tuple(
 )
 _AT_LEAST_ZERO = tuple(
     "seed cold_start_steps cold_start_lr lr warmup_steps max_grad_norm weight_decay format_weight language_weight "
-    "overlong_buffer repetition_weight eval_every".split()
+    "overlong_buffer repetition_weight sparse_grad_tol eval_every".split()
 )
 
 #: What a model changes in the defaults.

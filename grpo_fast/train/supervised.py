@@ -54,8 +54,7 @@ class Batch:
 
     def states(self, policy: Policy) -> Tensor:
         """(B, L - 1, H) hidden states that predict the labels."""
-        states: Tensor = policy.forward(self.ids, self.mask, use_cache=False).last_hidden_state
-        return states[:, :-1]
+        return policy.hidden_states(self.ids, self.mask)[:, :-1]
 
 
 def supervised_loss(policy: Policy, examples: Sequence[Example], ranks: Ranks = ALONE) -> Tensor:

@@ -26,7 +26,14 @@ from grpo_fast.train.rollout_vllm import VLLMSampler, connect
 from grpo_fast.train.settings import Settings, to_json
 from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import Problem, Split
-from grpo_fast.train.update import advantages_over_ranks, grpo_gradients, optimizer_step, reference_logps, slices
+from grpo_fast.train.update import (
+    advantages_over_ranks,
+    check_sparse_grad_tol,
+    grpo_gradients,
+    optimizer_step,
+    reference_logps,
+    slices,
+)
 
 SETTINGS_FILE = "settings.json"
 
@@ -96,6 +103,7 @@ class Run:
         self.settings, self.folder, self.ranks = settings, folder, ranks
         self.task = settings.load_task()
         self.policy = self._policy(settings.model)
+        check_sparse_grad_tol(self.policy, settings)
         self.rewards = reward_functions(settings, self.task)
         self.draw: Callable[..., Rollout] = sample
         if settings.rollout == "vllm":
@@ -123,8 +131,9 @@ class Run:
             self.recorder = Recorder(folder, last_step=self.done if self.phase == GRPO else -1)
 
     def _policy(self, model: str) -> Policy:
-        policy = load_policy(model, device=self.settings.device, seed=self.settings.seed)
-        if self.settings.shard and self.ranks.count > 1:
+        s = self.settings
+        policy = load_policy(model, device=s.device, seed=s.seed, lm_head_dtype=s.lm_head_dtype)
+        if s.shard and self.ranks.count > 1:
             policy.shard()
         return policy
 

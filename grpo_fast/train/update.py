@@ -101,8 +101,35 @@ def _loss(
         num_items_in_batch=num_items,
         temperature=settings.temperature,
         config=settings.loss(),
+        sparse_grad_tol=settings.sparse_grad_tol or None,
         **policy.head,
     )
+
+
+def check_sparse_grad_tol(policy: Policy, settings: Settings) -> None:
+    """Have the loss look at its ``sparse_grad_tol``, with the policy's head and one token, before any is sampled.
+
+    Raises:
+        ValueError: The loss cannot have it here; the message says why.
+    """
+    if not settings.sparse_grad_tol:
+        return
+
+    def loss_of_one() -> None:
+        head = policy.head
+        hidden = head["weight"].new_zeros(1, 1, head["weight"].size(1), requires_grad=True)
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
+        with torch.enable_grad():  # with none to make, the loss asks less
+            linear_grpo_loss(
+                hidden,
+                completion_ids=ids,
+                advantages=torch.ones(1, device=hidden.device),
+                sparse_grad_tol=settings.sparse_grad_tol,
+                **head,
+            )
+
+    with torch.no_grad():  # a sharded model would wait for a backward
+        policy.inside(loss_of_one)
 
 
 def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
