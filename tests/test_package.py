@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import grpo_fast
+from grpo_fast import version
 
 ROOT = Path(grpo_fast.__file__).parent
 
@@ -75,3 +76,19 @@ def test_every_public_name_is_there_and_documented() -> None:
     for name in grpo_fast.__all__:
         assert getattr(grpo_fast, name).__doc__, name
     assert (ROOT / "py.typed").exists()
+
+
+def test_the_commit_is_the_checkouts_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never that of a checkout around an installed package."""
+    monkeypatch.delenv("GRPO_FAST_COMMIT", raising=False)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    monkeypatch.setattr(version, "__file__", str(tmp_path / "grpo_fast" / "version.py"))
+    assert len(found := version.commit()) >= 7
+    assert head.startswith(found)
+    monkeypatch.setattr(version, "__file__", str(tmp_path / "site-packages" / "grpo_fast" / "version.py"))
+    assert version.commit() == "unknown"
+    monkeypatch.setenv("GRPO_FAST_COMMIT", "abc1234")
+    assert version.commit() == "abc1234"

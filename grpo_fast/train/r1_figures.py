@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from grpo_fast.train.curves import Line, describe, overlay, png, points
 from grpo_fast.train.r1_measure import MODELS
 from grpo_fast.train.recorder import METRICS_FILE, read_metrics
-from grpo_fast.train.report import smooth
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 #: The stages with GRPO.
 RUNS = {"zero": "R1-Zero", "r1": "R1", "student": "distilled student + RL", "control": "student, RL only"}
@@ -31,25 +26,15 @@ _PANELS = (
 
 def training(folder: Path, settings: dict[str, Any]) -> bytes:
     """Metrics over GRPO steps of all runs, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(18, 7.5), layout="constrained")
     runs = {name: read_metrics(folder / name / METRICS_FILE) for name in RUNS}
-    for place, (title, unit, key) in enumerate(_PANELS, start=1):
-        axis = figure.add_subplot(2, 4, place)
-        for color, (name, rows) in enumerate(runs.items()):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if not points:
-                continue
-            steps, values = zip(*points, strict=True)
-            measured = key.startswith("eval/")
-            shown = list(values) if measured else smooth(values)
-            axis.plot(steps, shown, "o-" if measured else "-", ms=3, color=f"C{color}", label=RUNS[name])
-            if key == "eval/pass@1" and steps[0] == 0:
-                axis.axhline(values[0], color=f"C{color}", ls="--", lw=0.8)
-        _label(axis, title, "GRPO step", unit.format(**settings))
-    figure.axes[0].legend(fontsize=8)
-    return _png(figure)
+    lines = [Line(rows, f"C{color}", RUNS[name]) for color, (name, rows) in enumerate(runs.items())]
+    panels = [(title, unit.format(**settings), metric) for title, unit, metric in _PANELS]
+    figure = overlay(lines, panels, columns=4)
+    for line in lines:
+        steps, values = points(line.rows, "eval/pass@1")
+        if steps[:1] == [0]:
+            figure.axes[0].axhline(values[0], color=line.color, ls="--", lw=0.8)
+    return png(figure)
 
 
 def abilities(models: dict[str, dict[str, Any]]) -> bytes:
@@ -70,28 +55,15 @@ def abilities(models: dict[str, dict[str, Any]]) -> bytes:
         by_length.plot(
             *zip(*((length, share) for length, _, share in model["by_length"]), strict=True), "o-", **plain
         )
-        for axis, points in ((by_k, model["pass_at"]), (by_level, of_levels)):
-            x, shares, errors = zip(*points, strict=True)
+        for axis, found in ((by_k, model["pass_at"]), (by_level, of_levels)):
+            x, shares, errors = zip(*found, strict=True)
             axis.errorbar(x, shares, [1.96 * error for error in errors], fmt="o-", **style)
         for k, share, error in model["cons_at"]:
             by_k.errorbar([k * 1.05], [share], [1.96 * error], fmt="x", **{**style, "label": None})
     by_k.set_xscale("log", base=2)
     by_level.set_xticks(range(len(levels)), [level.replace(": ", ":\n", 1) for level in levels], fontsize=8)
-    _label(by_k, "Chance that one of k samples is right", "k", "pass@k (dots), cons@k (crosses)")
-    _label(by_level, "Accuracy by level", "", "pass@1")
-    _label(by_length, "Accuracy against response length", "tokens a completion", "share right")
+    describe(by_k, "Chance that one of k samples is right", "k", "pass@k (dots), cons@k (crosses)")
+    describe(by_level, "Accuracy by level", "", "pass@1")
+    describe(by_length, "Accuracy against response length", "tokens a completion", "share right")
     by_k.legend(fontsize=8, loc="lower right")
-    return _png(figure)
-
-
-def _label(axis: Axes, title: str, x: str, y: str) -> None:
-    axis.set_title(title, loc="left", fontweight="bold")
-    axis.set(xlabel=x, ylabel=y)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)

@@ -14,7 +14,7 @@ from grpo_fast.train.evaluate import rechecks
 from grpo_fast.train.ranks import Ranks
 from grpo_fast.train.rewards import RewardBatch
 from grpo_fast.train.rollout import Rollout
-from grpo_fast.version import __version__
+from grpo_fast.version import __version__, commit
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -68,11 +68,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """The versions that a result depends on, and the commit."""
     from importlib.metadata import version
 
     names = ("torch", "transformers", "reasoning-gym", "safetensors")
-    return {"grpo_fast": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {"grpo_fast": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+    return {**found, "commit": commit()}
 
 
 def device_name(device: torch.device) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from grpo_fast.train.curves import Panel, smooth
 from grpo_fast.train.evaluate import Evaluation
 from grpo_fast.train.recorder import METRICS_FILE, SUMMARY_FILE, read_metrics
 
@@ -25,8 +25,8 @@ _ROWS = (
     ("re-checks itself", "rechecks", "{:.1%}"),
     ("tokens a completion", "mean_length", "{:.1f}"),
 )
-# (title, unit, metric)
-_PANELS = (
+#: What a run's training batches are drawn by.
+PANELS: tuple[Panel, ...] = (
     ("Reward", "mean of the batch", "reward"),
     ("Length", "tokens a completion", "completions/mean_length"),
     ("Distance from the start", "KL, nats a token", "kl"),
@@ -78,7 +78,7 @@ def plot(folder: Path, summary: dict[str, Any]) -> None:
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 7.5), layout="constrained")
     panels = list(axes.flat)
     _accuracy(panels[0], rows)
-    for axis, (title, unit, key) in zip(panels[1:], _PANELS, strict=True):
+    for axis, (title, unit, key) in zip(panels[1:], PANELS, strict=True):
         _series(axis, rows, key)
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_ylabel(unit)
@@ -123,15 +123,6 @@ def _series(axis: Axes, rows: list[dict[str, float]], key: str) -> None:
     steps, values = zip(*points, strict=True)
     axis.plot(steps, values, color="C0", lw=0.7, alpha=0.4)
     axis.plot(steps, smooth(values), color="C0", lw=1.8)
-
-
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average with its start corrected for the values it has not seen."""
-    smooth, total, out = 0.0, 0.0, []
-    for value in values:
-        smooth, total = weight * smooth + (1 - weight) * value, weight * total + (1 - weight)
-        out.append(smooth / total)
-    return out
 
 
 def _value(values: dict[str, Any], key: str, form: str) -> str:

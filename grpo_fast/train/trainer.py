@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import math
 import time
@@ -203,6 +204,7 @@ class Run:
             "after": after,
             "settings": to_json(self.settings),
             "versions": versions(),
+            "date": datetime.date.today().isoformat(),
             "device": device_name(self.policy.device),
             "seconds": {**self.seconds, "total": sum(self.seconds.values())},
             "command": self.command,
