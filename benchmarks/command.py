@@ -14,6 +14,7 @@ from . import (
     bench_linear,
     bench_logits,
     bench_reference,
+    bench_rollout,
     bench_sparse,
     bench_trl_step,
 )
@@ -41,7 +42,7 @@ def benchmarks(device: str) -> dict[str, Benchmark]:
     """All that a machine with such a device runs, by name."""
     own = [bench_reference.BENCHMARK]
     if device == "cuda":
-        of_ops = (bench_logits, bench_linear, bench_sparse, bench_distillation, bench_trl_step)
+        of_ops = (bench_logits, bench_linear, bench_sparse, bench_distillation, bench_trl_step, bench_rollout)
         own = [module.BENCHMARK for module in of_ops]
     return {b.name: b for b in (*own, advantages(device))}
 

@@ -21,6 +21,7 @@ from grpo_fast.benchmarks import (
     bench_distillation,
     bench_linear,
     bench_logits,
+    bench_rollout,
     bench_sparse,
     bench_trl_step,
     command,
@@ -274,6 +275,40 @@ def test_a_step_with_weights_that_are_fetched(tmp_path: Path, monkeypatch: pytes
     assert 0.01 < (x.logps() - x.batch["old_per_token_logps"]).std() < 0.3
     for record in bench_trl_step.BENCHMARK.measure(Timer(runs=2, device="cpu"), case, lambda p: True):
         assert record["errors"]["loss"] < 1e-6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_sampling_by_all_who_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny, on the CPU. Continuous batching would too, but takes half a minute and most of the memory to begin."""
+    case = bench_rollout.Case("tiny", cold_start_steps=5, prompts=3, group_size=8, max_new_tokens=16)
+    graphed, *records = bench_rollout.BENCHMARK.measure(
+        Timer(runs=2, warmup=1, device="cpu"), case, lambda p: "continuous" not in p.name
+    )
+    assert graphed["skipped"].startswith("RuntimeError: CUDA graphs need a GPU")
+    assert [r["provider"] for r in records] == [p.name for p in bench_rollout.TASK.providers[1:4]]
+    for r in records:
+        assert "wrong" not in r, r
+        assert r["errors"]["log-prob, sigmas"] < 5
+        tokens, rate = (float(r["columns"][name].replace(",", "")) for name in ("tokens", "tokens/s"))
+        assert 24 < tokens <= 24 * 16
+        assert rate == pytest.approx(tokens / r["ms"] * 1e3, abs=1)
+        assert report.row(r, report.header(records))[4] == r["columns"]["tokens"]
+    monkeypatch.setenv("GRPO_FAST_CACHE", str(tmp_path))
+    skipped = bench_rollout.measure(Timer(runs=2, device="cpu"), bench_rollout.BASE, lambda p: p.ours)
+    assert all(r["skipped"].endswith("run: grpo-fast fetch smollm2-135m") for r in skipped)
+
+
+def test_completions_that_nobody_drew_are_noticed() -> None:
+    x = bench_rollout.Inputs(bench_rollout.Case("tiny", cold_start_steps=5, prompts=3, group_size=8))
+    ids, mask = bench_rollout.ours(x, graphed=False)
+    assert x.sigmas(ids, mask) < 5
+    assert not mask.all(), "none has ended, so that this would not tell its length apart"
+    whole, counts = bench_rollout.until_the_end(x, ids)
+    assert torch.equal(counts, mask)
+    assert torch.equal(whole, ids)
+    x.options.update(do_sample=False, temperature=None, top_p=None, top_k=None, num_return_sequences=1)
+    x.case = replace(x.case, group_size=1)
+    assert x.sigmas(*bench_rollout.generate(x, cache=None)) > 5
 
 
 def test_the_allocator_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
