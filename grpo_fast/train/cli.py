@@ -23,6 +23,7 @@ examples:
   grpo-fast train --resume runs/demo           go on after Ctrl-C, to the same result
   grpo-fast r1                                 the whole recipe of R1, distillation too, some 13 minutes
   grpo-fast eval runs/demo --problems 500      measure the trained model again
+  grpo-fast compare runs/demo runs/gcd         the curves of several runs over one another
   grpo-fast bench --quick                      time the ops on this machine, beside their peers
   grpo-fast fetch smollm2-135m                 a real pretrained model, 98 MB, then:
   grpo-fast train --model smollm2-135m --out runs/smollm2
