@@ -65,7 +65,7 @@ def draw(policy: Policy, temperature: float = 1.0, seed: int = 0, group_size: in
         group_size=group_size,
         max_new_tokens=length,
         temperature=temperature,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator(policy.device).manual_seed(seed),
     )
 
 
@@ -174,6 +174,26 @@ def test_the_tolerance_of_the_gradient_reaches_the_loss(
     assert {call[1:] for call in calls} == {(torch.bfloat16, torch.bfloat16, tolerance or None)}
     assert (calls[0][0] == (1, 1)) == (tolerance > 0)  # asked before anything is sampled
     assert len(calls) == SMALL.minibatches + (tolerance > 0)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+def test_a_sparse_gradient_of_the_loop_is_nearly_the_dense_one() -> None:
+    """And not it, so that the kernels were at work."""
+    p = load_policy("tiny", device="cuda", seed=3, lm_head_dtype="bfloat16")
+    with torch.no_grad():
+        p.model.lm_head.weight.mul_(8.0)
+    batch, advantages = draw(p), torch.linspace(-1.0, 1.0, 15, device="cuda")
+    found = []
+    for tolerance in (0.0, 0.03):
+        settings = replace(SMALL, group_size=3, lm_head_dtype="bfloat16", sparse_grad_tol=tolerance, beta=0.0)
+        update.check_sparse_grad_tol(p, settings)
+        p.model.zero_grad()
+        grpo_gradients(p, batch, advantages, None, settings)
+        found.append([x.grad.clone() for x in (p.model.lm_head.weight, p.model.model.layers[0].mlp.up_proj.weight)])
+    for dense, sparse in zip(*found, strict=True):
+        assert 0 < (sparse - dense).norm() < 0.2 * dense.norm()
 
 
 def test_supervised_loss_is_the_mean_over_completion_tokens(policy: Policy) -> None:
