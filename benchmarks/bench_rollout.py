@@ -72,7 +72,9 @@ class Inputs:
         self.plain = copy.copy(self.policy)
         self.plain.model = copy.copy(model)
         self.plain.model._can_compile_fullgraph = False  # as of models that cannot be captured
-        self.theirs = copy.deepcopy(model).to(torch.bfloat16 if self.policy.autocast else torch.float32)
+        self.theirs = copy.deepcopy(model)
+        for weight in self.theirs.parameters() if self.policy.autocast else ():
+            weight.data = weight.data.bfloat16()  # the frequencies of positions stay float32, as in a loaded model
         self.options = GenerationConfig(
             do_sample=True,
             temperature=1.0,
