@@ -54,8 +54,6 @@ QUICK = (
     BASE,
     replace(BASE, workspace_mib=512, peers=False),
     replace(BASE, padding=0.3, peers=False),
-    replace(BASE, dead=0.5, peers=False),
-    replace(BASE, frozen_head=True, peers=False),
 )
 FULL = (
     BASE,

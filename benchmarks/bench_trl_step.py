@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def title(case: dict[str, Any]) -> str:
 
 
 BASE = Case()
-QUICK = (replace(BASE, completion=1024), BASE)
+QUICK = (BASE,)
 FULL = (
     *(
         Case(name, completion, sequences)

@@ -30,7 +30,7 @@ cut-cross-entropy verl quack-kernels. Everyone gets the same inputs, and is held
 taken. Without an NVIDIA GPU the reference path and a step of the training loop are timed on the CPU."""
 EXAMPLES = """\
 examples:
-  grpo-fast bench --quick                            a few cases of each
+  grpo-fast bench --quick                            in about two minutes on a GPU
   grpo-fast bench --out results                      everything; JSON files into the folder results
   grpo-fast bench linear --only grpo_fast TRL        one benchmark, two providers
   grpo-fast bench --quick --compare results          what moved since
@@ -57,9 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="BENCHMARK", help=f"{', '.join(known())} (default: all that can run)"
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases of each")
+    parser.add_argument("--quick", action="store_true", help="a case or a few of each, and fewer runs")
     parser.add_argument("--only", nargs="+", metavar="PROVIDER", help="providers by the names that the tables show")
-    parser.add_argument("--runs", type=int, default=20, help="timed runs of each; the median counts (default: 20)")
+    parser.add_argument(
+        "--runs", type=int, help="timed runs of each; the median counts (default: 20, with --quick 5)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write BENCHMARK.json there, case by case")
     parser.add_argument("--compare", type=Path, metavar="FOLDER", help="print what moved since the results in FOLDER")
     parser.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="measure nothing: show earlier results")
@@ -76,8 +78,9 @@ def run(options: dict[str, Any], command: str) -> None:
     """
     if options["report"] is not None and options["show"] is None:
         raise ValueError("report: got one without --show, want the results that it is made of")
-    if options["runs"] < 2:
-        raise ValueError(f"runs: got {options['runs']}, want at least 2")
+    runs = options["runs"] if options["runs"] is not None else 5 if options["quick"] else 20
+    if runs < 2:
+        raise ValueError(f"runs: got {runs}, want at least 2")
     if options["show"] is not None:
         _show(options["show"], options["report"])
         return
@@ -98,7 +101,7 @@ def run(options: dict[str, Any], command: str) -> None:
         print("No NVIDIA GPU: timing the reference path and the training loop on the CPU.\n")
     chosen = Chosen(options["only"])
     for benchmark in (available[name] for name in options["names"] or available):
-        records = measure_cases(benchmark, options["quick"], chosen, options["runs"], options["out"])
+        records = measure_cases(benchmark, options["quick"], chosen, runs, options["out"])
         if benchmark.name in earlier:
             _print_moves(benchmark, earlier[benchmark.name], records)
     if unmet := chosen.unmet():
