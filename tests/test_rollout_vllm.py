@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 pytest.importorskip("reasoning_gym")
 
@@ -23,7 +24,7 @@ from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.ranks import ALONE
 from grpo_fast.train.recorder import METRICS_FILE, read_metrics
 from grpo_fast.train.rollout import Rollout, sample
-from grpo_fast.train.rollout_vllm import VLLMSampler, connect, truncated_ratio
+from grpo_fast.train.rollout_vllm import FileClient, VLLMSampler, connect, truncated_ratio
 from grpo_fast.train.settings import Settings
 from grpo_fast.train.tasks import load_task
 from grpo_fast.train.trainer import train
@@ -58,7 +59,8 @@ class StandIn:
     ) -> dict[str, Any]:
         self.calls.append("generate")
         policy = load_policy("tiny", device="cpu")
-        assert (logprobs, generation_kwargs) == (0, {"stop_token_ids": [policy.eos_id]})
+        assert logprobs == 0
+        assert generation_kwargs == {"stop_token_ids": [policy.eos_id], "ignore_eos": True}
         policy.model = self.model
         generator = torch.Generator().manual_seed(len(self.answers))
         drawn = sample(
@@ -289,8 +291,6 @@ def trl_client(monkeypatch: pytest.MonkeyPatch) -> type:
 
 
 def test_a_server_that_is_not_there(trl_client: type) -> None:
-    with pytest.raises(ValueError, match=r"device: got 'cpu', want 'cuda'"):
-        connect("http://localhost:8000", torch.device("cpu"))
     with pytest.raises(ValueError, match=r"vllm_server: cannot reach http://127.0.0.1:9; want one started by"):
         connect("http://127.0.0.1:9", torch.device("cuda"))
 
@@ -307,16 +307,17 @@ def test_log_probs_have_to_be_those_of_the_distribution_sampled_from(
         with pytest.raises(ValueError, match=r"logprobs mode 'raw_logprobs'; want .*processed_logprobs"):
             connect("http://localhost:8000", torch.device("cuda"))
     else:
-        for first in (True, False):
-            connect("http://localhost:8000", torch.device("cuda"), sends_weights=first)
+        for device, first in (("cuda", True), ("cuda", False), ("cpu", True)):
+            connect("http://localhost:8000", torch.device(device), sends_weights=first)
         assert opened == [torch.device("cuda")]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_trls_client_and_the_sampler_over_http(
-    policy: Policy, trl_client: type, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, trl_client: type, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """With a server that answers as vLLM does: what it is asked for, and that all arrives in its place."""
-    engine, asked = StandIn(noise=0.2), []
+    engine, asked, files = StandIn(noise=0.2), [], []
     info = {"model_config": {"logprobs_mode": "processed_logprobs"}}
     told = {"/health": {}, "/v1/models": {"data": [{"id": "tiny"}]}, "/server_info": {"vllm_config": info}}
 
@@ -331,9 +332,15 @@ def test_trls_client_and_the_sampler_over_http(
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/collective_rpc":
+                assert body["method"] == "reload_weights"
+                files.append(body["kwargs"]["weights_path"])
+                engine.update_model_params(LlamaForCausalLM.from_pretrained(files[-1]))
+                self.answer({"results": [None]})
+                return
             asked.append(body)
             options = {name: body[name] for name in ("n", "max_tokens", "temperature", "logprobs")}
-            stop = {"stop_token_ids": body["stop_token_ids"]}
+            stop = {name: body[name] for name in ("stop_token_ids", "ignore_eos")}
             drawn = engine.generate(body["prompt"], generation_kwargs=stop, **options)
             choices = []
             for row, (ids, logps) in enumerate(zip(drawn["completion_ids"], drawn["logprobs"], strict=True)):
@@ -348,19 +355,41 @@ def test_trls_client_and_the_sampler_over_http(
         def log_message(self, *_: Any) -> None:
             pass
 
-    monkeypatch.setattr(trl_client, "init_communicator", lambda self, device: None)
-    monkeypatch.setattr(trl_client, "update_model_params", lambda self, model: engine.update_model_params(model))
+    if device == "cuda":
+        monkeypatch.setattr(trl_client, "init_communicator", lambda self, device: None)
+        monkeypatch.setattr(trl_client, "update_model_params", lambda self, model: engine.update_model_params(model))
     monkeypatch.setattr(trl_client, "reset_prefix_cache", lambda self: engine.reset_prefix_cache())
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        client = connect(f"http://127.0.0.1:{server.server_port}", torch.device("cuda"))
+        client = connect(f"http://127.0.0.1:{server.server_port}", torch.device(device))
         got = VLLMSampler(client, SETTINGS).sample(policy, prompts(policy), **OPTIONS)
         server.shutdown()
     assert [(body["model"], body["top_p"], body["top_k"], body["min_p"]) for body in asked] == [("tiny", 1.0, 0, 0.0)]
+    assert engine.calls == ["weights", "cache", "generate"]
+    assert [Path(file).exists() for file in files] == ([False] if device == "cpu" else [])
     wanted = VLLMSampler(StandIn(noise=0.2), SETTINGS).sample(policy, prompts(policy), **OPTIONS)
     assert got.texts == wanted.texts
     for name in ("completion_ids", "completion_mask", "logps", "importance_sampling_ratio", "truncated"):
         torch.testing.assert_close(getattr(got, name), getattr(wanted, name))
+
+
+def test_weights_the_server_cannot_load(policy: Policy) -> None:
+    requests = pytest.importorskip("requests")
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(400)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        client = SimpleNamespace(session=requests, base_url=address, generate=None, reset_prefix_cache=None)
+        with pytest.raises(ValueError, match=rf"vllm_server: {address} cannot load weights from .*sees this folder"):
+            FileClient(client).update_model_params(policy.model)
+        server.shutdown()
 
 
 def test_the_stand_in_is_called_as_the_real_client_takes_it(trl_client: type) -> None:

@@ -1,17 +1,19 @@
 """Sampling by a vLLM server, behind the interface of ``rollout.sample``.
 
-TRL's client speaks with the server: prompts and completions go over HTTP, weights over NCCL. An engine has kernels
-and a precision of its own, so the distribution that it samples from is not quite the policy's. The loss is told of
-both: the trainer's own log-probs are the old ones of its ratio, and its policy term is weighted by the importance
-ratio of the policy to the engine, truncated from above.
+TRL's client speaks with the server: prompts and completions go over HTTP, weights over NCCL, or, from a trainer
+without a GPU, by a file. An engine has kernels and a precision of its own, so the distribution that it samples from
+is not quite the policy's. The loss is told of both: the trainer's own log-probs are the old ones of its ratio, and
+its policy term is weighted by the importance ratio of the policy to the engine, truncated from above.
 
-Tested against a stand-in for the server that answers by the same interface. It has not been run with a real one.
+Run with a server of vLLM 0.31.0 on a CPU, weights by file (``tests/test_vllm_server.py``). NCCL, and a server on a
+GPU, have only been run against a stand-in.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -48,17 +50,20 @@ def connect(server: str, device: torch.device, *, sends_weights: bool = True) ->
 
     One client of a server ``sends_weights``; another only asks for completions.
 
+    Args:
+        server: Its address.
+        device: The policy's. From a GPU weights go over NCCL, to another GPU; from a CPU by ``FileClient``.
+        sends_weights: Whether this client will.
+
     Raises:
         ImportError: Without the package trl or vllm.
-        ValueError: ``device`` is no GPU, the server is not there, or it does not report the log-probs of the
-            distribution that it samples from.
+        ValueError: The server is not there, or it does not report the log-probs of the distribution that it samples
+            from.
         RuntimeError: From TRL, which names what the server was started without.
     """
     missing = [name for name in ("trl", "vllm") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"rollout='vllm' needs {' and '.join(missing)}: pip install 'grpo_fast[train,vllm]'")
-    if device.type != "cuda":
-        raise ValueError(f"device: got {device.type!r}, want 'cuda': weights go to a vLLM server over NCCL")
     from trl.generation.vllm_client import VLLMClient
 
     try:
@@ -68,10 +73,42 @@ def connect(server: str, device: torch.device, *, sends_weights: bool = True) ->
     mode = client.get_server_info()["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ValueError(f"vllm_server: {server} has logprobs mode {mode!r}; want one started by: {SERVE}")
+    if device.type != "cuda":
+        return FileClient(client)
     if sends_weights:
         client.init_communicator(device)
     found: Client = client
     return found
+
+
+class FileClient:
+    """Sends weights as a file, in the folder for temporary ones (``TMPDIR``), which the server has to see too.
+
+    Args:
+        client: The one of TRL, for everything else.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.generate = client.generate
+        self.reset_prefix_cache = client.reset_prefix_cache
+
+    def update_model_params(self, model: Any) -> None:
+        """Write the file, have the server load it, and delete it.
+
+        Raises:
+            ValueError: The server cannot load it, which ends a server of vLLM 0.31.0.
+        """
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            order = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+            try:
+                self.client.session.post(f"{self.client.base_url}/collective_rpc", json=order).raise_for_status()
+            except OSError as error:
+                raise ValueError(
+                    f"vllm_server: {self.client.base_url} cannot load weights from {folder}; want a server that sees "
+                    "this folder and has a model of the policy's shape"
+                ) from error
 
 
 class VLLMSampler:
@@ -117,7 +154,8 @@ class VLLMSampler:
             max_tokens=max_new_tokens,
             temperature=temperature,
             logprobs=0,  # those of the sampled tokens alone
-            generation_kwargs={"stop_token_ids": [policy.eos_id]},
+            # Else it also ends at what the model's own generation_config.json names.
+            generation_kwargs={"stop_token_ids": [policy.eos_id], "ignore_eos": True},
         )
         ids: list[list[int]] = answer["completion_ids"]
         # A log-prob that the server cannot give is None.
