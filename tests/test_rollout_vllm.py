@@ -274,10 +274,21 @@ def test_only_the_first_rank_sends_weights(policy: Policy) -> None:
     assert ALONE.first
 
 
+def on(device: str, *, tied: bool = False) -> Any:
+    """What ``connect`` looks at of a policy."""
+    model = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=tied))
+    return SimpleNamespace(device=torch.device(device), model=model)
+
+
+def info(mode: str = "processed_logprobs", device: str = "cpu") -> dict[str, Any]:
+    """What is looked at of what a server tells of itself."""
+    return {"model_config": {"logprobs_mode": mode}, "device_config": {"device": device}}
+
+
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs trl and vllm: pip install 'grpo_fast\[train,vllm\]'"):
-        connect("http://localhost:8000", torch.device("cuda"))
+        connect("http://localhost:8000", on("cuda"))
 
 
 @pytest.fixture
@@ -292,7 +303,7 @@ def trl_client(monkeypatch: pytest.MonkeyPatch) -> type:
 
 def test_a_server_that_is_not_there(trl_client: type) -> None:
     with pytest.raises(ValueError, match=r"vllm_server: cannot reach http://127.0.0.1:9; want one started by"):
-        connect("http://127.0.0.1:9", torch.device("cuda"))
+        connect("http://127.0.0.1:9", on("cuda"))
 
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
@@ -301,15 +312,26 @@ def test_log_probs_have_to_be_those_of_the_distribution_sampled_from(
 ) -> None:
     opened: list[torch.device] = []
     monkeypatch.setattr(trl_client, "__init__", lambda self, base_url: None)
-    monkeypatch.setattr(trl_client, "get_server_info", lambda self: {"model_config": {"logprobs_mode": mode}})
+    monkeypatch.setattr(trl_client, "get_server_info", lambda self: info(mode))
     monkeypatch.setattr(trl_client, "init_communicator", lambda self, device: opened.append(device))
     if mode == "raw_logprobs":
         with pytest.raises(ValueError, match=r"logprobs mode 'raw_logprobs'; want .*processed_logprobs"):
-            connect("http://localhost:8000", torch.device("cuda"))
+            connect("http://localhost:8000", on("cuda"))
     else:
         for device, first in (("cuda", True), ("cuda", False), ("cpu", True)):
-            connect("http://localhost:8000", torch.device(device), sends_weights=first)
+            connect("http://localhost:8000", on(device), sends_weights=first)
         assert opened == [torch.device("cuda")]
+
+
+def test_a_head_that_would_stay_old_is_refused(trl_client: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = "http://localhost:8000"
+    monkeypatch.setattr(trl_client, "__init__", lambda self, base_url: None)
+    monkeypatch.setattr(trl_client, "generate", None)
+    monkeypatch.setattr(trl_client, "get_server_info", lambda self: info(device="cpu"))
+    with pytest.raises(ValueError, match=r"model: got one with tied embeddings, .* want an untied one"):
+        connect(server, on("cpu", tied=True))
+    monkeypatch.setattr(trl_client, "get_server_info", lambda self: info(device="cuda"))
+    connect(server, on("cpu", tied=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -318,8 +340,7 @@ def test_trls_client_and_the_sampler_over_http(
 ) -> None:
     """With a server that answers as vLLM does: what it is asked for, and that all arrives in its place."""
     engine, asked, files = StandIn(noise=0.2), [], []
-    info = {"model_config": {"logprobs_mode": "processed_logprobs"}}
-    told = {"/health": {}, "/v1/models": {"data": [{"id": "tiny"}]}, "/server_info": {"vllm_config": info}}
+    told = {"/health": {}, "/v1/models": {"data": [{"id": "tiny"}]}, "/server_info": {"vllm_config": info()}}
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, body: Any) -> None:
@@ -361,7 +382,7 @@ def test_trls_client_and_the_sampler_over_http(
     monkeypatch.setattr(trl_client, "reset_prefix_cache", lambda self: engine.reset_prefix_cache())
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        client = connect(f"http://127.0.0.1:{server.server_port}", torch.device(device))
+        client = connect(f"http://127.0.0.1:{server.server_port}", on(device))
         got = VLLMSampler(client, SETTINGS).sample(policy, prompts(policy), **OPTIONS)
         server.shutdown()
     assert [(body["model"], body["top_p"], body["top_k"], body["min_p"]) for body in asked] == [("tiny", 1.0, 0, 0.0)]

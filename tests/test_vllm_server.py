@@ -1,6 +1,6 @@
-"""Sampling by a real vLLM server: over NCCL where there are two GPUs, else with weights by file.
+"""Sampling by a real vLLM server: its weights come over NCCL where there are two GPUs, else by file.
 
-The server has a tiny model of its own, so nothing is fetched. CONTRIBUTING.md says what to install.
+It serves a tiny model that is made here. CONTRIBUTING.md says what to install.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--enforce-eager"]  # compiling takes longer than the tests
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     if DEVICE.type == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = "1"
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[1]
         command += ["--gpu-memory-utilization", "0.2"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -89,7 +89,7 @@ def wait_for(address: str, process: subprocess.Popen[bytes], log: Path, seconds:
 
 @pytest.fixture(scope="module")
 def client(server: str) -> Client:
-    return connect(server, DEVICE)
+    return connect(server, policy_of(0))
 
 
 def policy_of(seed: int) -> Policy:

@@ -5,8 +5,8 @@ without a GPU, by a file. An engine has kernels and a precision of its own, so t
 is not quite the policy's. The loss is told of both: the trainer's own log-probs are the old ones of its ratio, and
 its policy term is weighted by the importance ratio of the policy to the engine, truncated from above.
 
-Run with a server of vLLM 0.31.0 on a CPU, weights by file (``tests/test_vllm_server.py``). NCCL, and a server on a
-GPU, have only been run against a stand-in.
+Run with a server of vLLM 0.31.0 on a CPU, weights by file (``tests/test_vllm_server.py``), by a whole run of GRPO and
+by two ranks. The way over NCCL, and a server on a GPU, have only met a stand-in.
 """
 
 from __future__ import annotations
@@ -45,20 +45,21 @@ class Client(Protocol):
         """Forget keys and values that older weights made."""
 
 
-def connect(server: str, device: torch.device, *, sends_weights: bool = True) -> Client:
+def connect(server: str, policy: Policy, *, sends_weights: bool = True) -> Client:
     """A client of the vLLM server at an address such as ``http://localhost:8000``.
 
     One client of a server ``sends_weights``; another only asks for completions.
 
     Args:
         server: Its address.
-        device: The policy's. From a GPU weights go over NCCL, to another GPU; from a CPU by ``FileClient``.
+        policy: The model that learns. From a GPU its weights go over NCCL, to another GPU; from a CPU by
+            ``FileClient``.
         sends_weights: Whether this client will.
 
     Raises:
         ImportError: Without the package trl or vllm.
-        ValueError: The server is not there, or it does not report the log-probs of the distribution that it samples
-            from.
+        ValueError: The server is not there, it does not report the log-probs of the distribution that it samples
+            from, or it would go on sampling by old weights.
         RuntimeError: From TRL, which names what the server was started without.
     """
     missing = [name for name in ("trl", "vllm") if importlib.util.find_spec(name) is None]
@@ -70,13 +71,20 @@ def connect(server: str, device: torch.device, *, sends_weights: bool = True) ->
         client = VLLMClient(base_url=server)
     except OSError as error:
         raise ValueError(f"vllm_server: cannot reach {server}; want one started by: {SERVE}") from error
-    mode = client.get_server_info()["model_config"]["logprobs_mode"]
+    info = client.get_server_info()
+    mode = info["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ValueError(f"vllm_server: {server} has logprobs mode {mode!r}; want one started by: {SERVE}")
-    if device.type != "cuda":
+    if policy.device.type != "cuda":
+        # vLLM 0.31.0 and 0.32.0 pack the head for the CPU once, and a load of tied embeddings does not pack it again.
+        if info["device_config"]["device"] == "cpu" and policy.model.config.tie_word_embeddings:
+            raise ValueError(
+                "model: got one with tied embeddings, whose head a vLLM server on a CPU never takes anew; want an "
+                "untied one, or a server on a GPU"
+            )
         return FileClient(client)
     if sends_weights:
-        client.init_communicator(device)
+        client.init_communicator(policy.device)
     found: Client = client
     return found
 

@@ -108,7 +108,7 @@ class Run:
         self.rewards = reward_functions(settings, self.task)
         self.draw: Callable[..., Rollout] = sample
         if settings.rollout == "vllm":
-            client = connect(settings.vllm_server, self.policy.device, sends_weights=ranks.first)
+            client = connect(settings.vllm_server, self.policy, sends_weights=ranks.first)
             self.draw = VLLMSampler(client, settings, ranks).sample
 
         state: dict[str, Any] = {"phase": COLD_START, "done": 0, "before": None, "seconds": {}, "command": command}
