@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             wait_for(address, process, folder / "log")
             yield address
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            finally:
+            with suppress(ProcessLookupError):  # none of its engines is left
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_for(address: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
