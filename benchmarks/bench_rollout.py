@@ -138,7 +138,10 @@ def generate(x: Inputs, cache: str | None) -> Drawn:
 
 def continuous_batching(x: Inputs) -> Drawn:
     torch.manual_seed(0)
-    found = x.theirs.generate_batch(x.prompts, generation_config=x.options, persistent_manager=True).values()
+    options = copy.copy(x.options)
+    options.num_return_sequences = 1  # not every release heeds more
+    every = [prompt for prompt in x.prompts for _ in range(x.case.group_size)]
+    found = x.theirs.generate_batch(every, generation_config=options, persistent_manager=True).values()
     rows = [torch.tensor(request.generated_tokens) for request in found if request.error is None]
     if len(rows) < len(x.prompts) * x.case.group_size:
         raise RuntimeError(
