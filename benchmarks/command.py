@@ -92,6 +92,10 @@ def run(options: dict[str, Any], command: str) -> None:
     if unable:
         device = "the CPU" if DEVICE == "cuda" else "an NVIDIA GPU"
         raise ValueError(f"benchmark: {unable[0]} needs {known()[unable[0]].command or device}")
+    names = options["names"] or [name for name, b in available.items() if b.quick or not options["quick"]]
+    slow = [name for name in names if options["quick"] and not available[name].quick]
+    if slow:
+        raise ValueError(f"quick: got it for {slow[0]}, which has no quick case")
     earlier = {}
     if options["compare"] is not None:
         earlier = {file.stem: load(file)["records"] for file in sorted(options["compare"].glob("*.json"))}
@@ -100,7 +104,7 @@ def run(options: dict[str, Any], command: str) -> None:
     if DEVICE == "cpu":
         print("No NVIDIA GPU: timing the reference path and the training loop on the CPU.\n")
     chosen = Chosen(options["only"])
-    for benchmark in (available[name] for name in options["names"] or available):
+    for benchmark in map(available.__getitem__, names):
         records = measure_cases(benchmark, options["quick"], chosen, runs, options["out"])
         if benchmark.name in earlier:
             _print_moves(benchmark, earlier[benchmark.name], records)

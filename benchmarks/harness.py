@@ -97,6 +97,7 @@ class Benchmark:
     """A list of cases, and how one is measured.
 
     Attributes:
+        quick: The cases of --quick; none if all take long.
         headline: The case that a report shows in full.
         measure: (timer, case, whether a provider takes part) to the case's records.
         notes: Markdown above the tables of a report: what was measured, and how to read it.
