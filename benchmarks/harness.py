@@ -310,7 +310,7 @@ def ways_to_read(x: Tensor) -> list[Callable[[], Any]]:
 
 
 def ways_to_copy(x: Tensor, to: Tensor) -> list[Callable[[], Any]]:
-    """Torch's own ways to copy ``x``: by the driver, which some machines do at half the speed, and by a kernel."""
+    """Torch's own ways to copy ``x``, in one piece: by the driver, and by a kernel."""
     return [lambda: to.copy_(x), lambda: torch.mul(x, 1, out=to)]
 
 

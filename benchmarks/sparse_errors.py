@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from grpo_fast.reference import sparse_rows_ref
 
 from .report import markdown_table
 
-TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 COLUMNS = ["tolerance", "entries: median", "90 %", "99 %", "dense rows", "dropped mass", "d logits", "d hidden"] + [
     "with mean",
     "d weight",
@@ -34,8 +35,8 @@ def kept_entries(gradient: Tensor, at_target: Tensor, usual: Tensor, tolerance: 
 
 
 def synthetic_rows(
-    low: float, high: float, rows: int = 256, vocabulary: int = 16384, hidden: int = 128
-) -> tuple[Tensor, ...]:
+    low: float, high: float, rows: int = 256, vocabulary: int = 65536, hidden: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden, head, sampled ids): each row is between 8 tokens, at ``low`` to ``high`` nats above a spread of 1.
 
     The head's rows share a mean of a third of their length, as those of trained models do.
@@ -56,7 +57,7 @@ def synthetic_rows(
     return states, weight, torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
-def sampled_rows(name: str, answers: int = 12, tokens: int = 128) -> tuple[Tensor, ...]:
+def sampled_rows(name: str, answers: int = 12, tokens: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden, head, sampled ids) of answers that the model samples at temperature 1 to questions in arithmetic."""
     from grpo_fast.train.model import load_policy
 
@@ -77,7 +78,7 @@ def sampled_rows(name: str, answers: int = 12, tokens: int = 128) -> tuple[Tenso
     return states, model.get_output_embeddings().weight.detach().double(), ids
 
 
-def table(states: Tensor, weight: Tensor, ids: Tensor) -> str:
+def table(states: Tensor, weight: Tensor, ids: Tensor, plot: Path | None = None) -> str:
     """The errors of every tolerance, in Markdown. Upstream gradients are normal numbers."""
     upstream = torch.randn(len(ids), 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     mean = weight.mean(0)
@@ -138,19 +139,39 @@ def table(states: Tensor, weight: Tensor, ids: Tensor) -> str:
                 f"{mass.mean():.1e}",
             ]
         lines.append([*cells, *(f"{x:.1e}" for x in off)])
+    if plot is not None:
+        draw({t: torch.cat(measured[t], 1)[0] for t in TOLERANCES}, len(weight), plot)
     h = torch.cat(entropies)
     what = f"{len(ids):,} rows, V {len(weight):,}, H {weight.size(1):,}; entropy {h.mean():.2f} nats"
     what += f", median {h.median():.2f}"
     return f"{what}\n\n{markdown_table(COLUMNS, lines)}\n"
 
 
+def draw(counts: dict[float, Tensor], vocabulary: int, file: Path) -> None:
+    """How many rows keep so many entries, tolerance by tolerance; dense ones keep them all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    edges = [*torch.logspace(0, math.log10(vocabulary), 28).tolist(), 1.5 * vocabulary]
+    for tolerance, count in counts.items():
+        heights, _ = torch.histogram(count.clamp(min=1.0), torch.tensor(edges, dtype=torch.float64))
+        axes.stairs((100 * heights / len(count)).tolist(), edges, label=f"{tolerance:.0e}")
+    axes.set(
+        xscale="log", xlabel="entries of a row that are kept; dense rows at the right end", ylabel="% of the rows"
+    )
+    axes.legend(title="sparse_grad_tol")
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model's own samples, in place of made-up rows: smollm2-135m, a path")
     parser.add_argument("--answers", type=int, default=12, help="with --model (default: 12)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="with --model: draw how many entries rows keep")
     options = parser.parse_args()
     if options.model is not None:
-        print(table(*sampled_rows(options.model, options.answers)))
+        print(table(*sampled_rows(options.model, options.answers), options.plot))
         return
     for low, high in ((24, 36), (16, 28), (8, 20), (2, 8)):
         print(f"{low} to {high} nats: {table(*synthetic_rows(low, high))}", flush=True)
