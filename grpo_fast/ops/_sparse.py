@@ -7,7 +7,7 @@ one of the hidden states for each element. Rows with too many elements stay dens
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ from grpo_fast.ops._row_kernels import LinearKernels
 SHORT, LONG = 512, 16_384
 #: The longest row that a block can search (kSparseWords).
 MOST_WORDS = 262_144
+
+
+class _Found(NamedTuple):
+    """Where the elements of a section lie in the pool."""
+
+    part: slice  # the section's rows
+    starts: Tensor  # (n,) of a row's elements the first,
+    ends: Tensor  # (n,) and what comes after the last; before the first of a dense row
+    lots: tuple[slice, slice]  # all those of short rows, and of long ones
 
 
 class SparseGradient:
@@ -39,10 +48,10 @@ class SparseGradient:
         self._head, self._sum_of_rows, self._tolerance = head, sum_of_rows, tolerance
         self._dense = False
         self._taken: list[tuple[Tensor, Tensor]] = []
-        self._found: tuple[slice, Tensor, Tensor, tuple[tuple[int, int], ...]] | None = None
+        self._found: _Found | None = None
         self._aside: Tensor | None = None  # gradients of dense rows
         self._numbers = torch.empty(0, dtype=torch.int64, device=head.weight.device)  # of those rows
-        # Where the elements of a section go: their words and rows as one number, to sort by; and their values.
+        # The pool, where a section's elements go: their words and rows as one number, to sort by; and their values.
         room = (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * head.longest_section
         self._keys = head.weight.new_empty(room, dtype=torch.int64)
         self._values = head.weight.new_empty(room, dtype=torch.float32)
@@ -76,7 +85,7 @@ class SparseGradient:
             in_long, dense = 0, dense + longs
         if in_short > room[0] or dense > most_dense:
             return False
-        self._found = part, starts, ends, ((0, in_short), (room[0], in_long))
+        self._found = _Found(part, starts, ends, (slice(0, in_short), slice(room[0], room[0] + in_long)))
         if dense > 0:
             which = torch.nonzero_static(ends < starts, size=dense).squeeze(1)
             exponentials.gradient(which)
@@ -84,20 +93,19 @@ class SparseGradient:
         return True
 
     def _collect(self) -> None:
-        """Keep the last section's elements, and take them to the hidden states."""
-        if self._found is None:
+        """Take the last section's elements to the hidden states, and out of the pool for weight and bias."""
+        found, self._found = self._found, None
+        if found is None:
             return
-        part, starts, ends, lots = self._found
-        self._found = None
-        if self._head.needs.hidden:
+        needs = self._head.needs
+        if needs.hidden:
             weight = self._head.weight
-            d_rows = weight.new_empty(starts.numel(), weight.size(1))
-            self._sum_of_rows(d_rows, starts, ends, _words(self._keys), self._values, weight, None)
-            self._head.put_hidden(part, d_rows)
-        for first, count in lots:
-            if count > 0:
-                taken = slice(first, first + count)
-                self._taken.append((self._keys[taken].clone(), self._values[taken].clone()))
+            d_rows = weight.new_empty(found.starts.numel(), weight.size(1))
+            self._sum_of_rows(d_rows, found.starts, found.ends, _words(self._keys), self._values, weight, None)
+            self._head.put_hidden(found.part, d_rows)
+        if needs.weight or needs.bias:
+            lots = [lot for lot in found.lots if lot.stop > lot.start]
+            self._taken += [(self._keys[lot].clone(), self._values[lot].clone()) for lot in lots]
 
     def _set_aside(self, gradient: Tensor, which: Tensor, first_row: int) -> None:
         if self._aside is None:
@@ -119,10 +127,11 @@ class SparseGradient:
         """Add what was taken to the gradients of weight and bias, in the order of the words, then of the rows."""
         self._collect()
         self._backpropagate_aside()
-        self._aside = None
+        del self._keys, self._values, self._aside  # their memory, before the elements are sorted
         if not self._taken:
             return
         keys, values = (torch.cat(x) for x in zip(*self._taken, strict=True))
+        self._taken.clear()
         keys, order = keys.sort()
         values = values[order]
         if self._head.needs.weight:

@@ -1,0 +1,185 @@
+"""The host's part of sparse gradients, anywhere: stand-ins for the kernels keep their word, and nothing more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_fast.ops import _sparse
+from grpo_fast.ops._chunks import ChunkedHead, Needs
+from grpo_fast.ops._rows import HiddenRows, Rows
+from grpo_fast.ops._sparse import SparseGradient
+
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
+V, H = 61, 8
+#: Elements of a row that is zero, short, long, and dense.
+ZERO, FEW, MANY, ALL = 0, 3, 8, V
+
+
+@dataclass
+class StandIn:
+    """Of what a product left of a section: its gradient, and where that goes."""
+
+    truth: Tensor  # (n, V)
+    memory: Tensor
+    order: torch.Generator
+    searches: list[int]  # first rows of the sections that were searched
+
+    def gradient(self, which: Tensor | None = None) -> None:
+        rows = slice(None) if which is None else which
+        self.memory[rows] = self.truth[rows]
+
+    def sparse(
+        self,
+        tolerance: float,
+        keys: Tensor,
+        elements: Tensor,
+        *,
+        first_row: int,
+        most: tuple[int, int],
+        room: tuple[int, int],
+        most_dense: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows in any order; once most are known to be flat, or an element has no room, the rest is left as it is."""
+        n = self.truth.size(0)
+        self.searches.append(first_row)
+        keys.fill_(-1)
+        elements.fill_(math.nan)
+        starts, ends = torch.full((2, n), -(2**40)).unbind()
+        totals = [0, 0, 0, 0]
+        for row in torch.randperm(n, generator=self.order).tolist():
+            in_short, in_long, longs, dense = totals
+            if in_short > room[0] or dense + (longs if in_long > room[1] else 0) > most_dense:
+                break
+            words = self.truth[row].nonzero().squeeze(1)
+            kept = words.numel()
+            if kept > most[1]:
+                starts[row], ends[row] = 0, -1
+                totals[3] += 1
+                continue
+            is_long = kept > most[0]
+            before, totals[is_long] = totals[is_long], totals[is_long] + kept
+            totals[2] += is_long
+            start = before + is_long * room[0]
+            starts[row], ends[row] = start, start + kept
+            if totals[is_long] <= room[is_long]:
+                keys[start : start + kept] = words << 32 | (first_row + row)
+                elements[start : start + kept] = self.truth[row, words].float()
+        return starts, ends, torch.tensor(totals)
+
+
+def sum_of_rows(
+    out: Tensor, starts: Tensor, ends: Tensor, index: Tensor, weights: Tensor, matrix: Tensor, base: Tensor | None
+) -> None:
+    assert index.stride() == (2,)
+    assert out.is_contiguous()
+    total = torch.zeros(out.shape) if base is None else base.float().clone()
+    for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        if start < end:
+            total[row] += weights[start:end] @ matrix[index[start:end].long()].float()
+    out.copy_(total)
+
+
+def gradient_of(elements: list[int]) -> Tensor:
+    """(n, V) with so many elements in each row."""
+    draw = torch.Generator().manual_seed(1)
+    values = torch.randn(len(elements), V, generator=draw).bfloat16()
+    places = torch.rand(len(elements), V, generator=draw).argsort(1)
+    return values.where(places < torch.tensor(elements)[:, None], 0.0)
+
+
+#: By name, the elements of each of 64 rows, in sections of 16 at most; a section may have 8 dense rows.
+KINDS: dict[str, list[int]] = {
+    "all sparse": [FEW, FEW, ZERO, MANY] * 16,
+    "nothing": [ZERO] * 64,
+    "dense rows for more than one product": [FEW, ALL, FEW] * 21 + [ALL],
+    "long ones for which there is no room": [MANY] * 5 + [FEW] * 11 + [FEW] * 40 + [MANY, ALL] * 4,
+    "too many of both": [FEW] * 16 + [MANY] * 7 + [ALL] * 3 + [FEW] * 38,
+    "short ones for which there is no room": [FEW] * 24 + [4] * 40,
+    "dense after sparse": [FEW, ALL] * 8 + [FEW] * 16 + [ALL] * 32,
+    "all dense": [ALL] * 64,
+    "a short last section": [FEW] * 48 + [ALL],
+    "one row": [FEW],
+    "one dense row": [ALL],
+    "none": [],
+}
+#: The first rows of the sections that are searched, where not all are.
+SEARCHES = {
+    "too many of both": [0, 16],
+    "short ones for which there is no room": [0, 16],
+    "dense after sparse": [0, 16, 32],
+    "all dense": [0],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("needs", "bias"),
+    [((True, True, True), True), ((True, False, False), False), ((False, True, False), True)],
+    ids=["all", "hidden", "weight"],
+)
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("into_a_buffer", [False, True])
+def test_products(
+    kind: str,
+    needs: tuple[bool, bool, bool],
+    bias: bool,
+    gathered: bool,
+    into_a_buffer: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_sparse, "SHORT", 4)
+    monkeypatch.setattr(_sparse, "LONG", 8)
+    monkeypatch.setattr(_sparse, "SHORT_ON_AVERAGE", 3)
+    monkeypatch.setattr(_sparse, "LONG_ON_AVERAGE", 2)
+    truth = gradient_of(KINDS[kind])
+    live = len(truth)
+    count = live + 11 if gathered else live
+    draw = torch.Generator().manual_seed(2)
+    hidden = torch.randn(1, count, H, generator=draw).bfloat16()
+    weight = torch.randn(V, H, generator=draw).bfloat16()
+    index = torch.randperm(count, generator=draw) if gathered else None
+    rows = Rows(count, live, count, index)
+    states = HiddenRows(hidden, rows, torch.bfloat16)
+    buffer = torch.ones(V, H) if into_a_buffer and needs[1] else None
+    a_row = 1.5 * 2 * V + 384 * 12
+    head = ChunkedHead(
+        states,
+        weight,
+        torch.zeros(V) if bias else None,
+        Needs(*needs),
+        int(16 * a_row),
+        buffer,
+        keeps_logits=False,
+        sparse=True,
+    )
+    sparse = SparseGradient(head, sum_of_rows, 1e-3)
+    order, searches = torch.Generator().manual_seed(3), []
+    for part, has_gradient in head.chunks():
+        if has_gradient:
+            memory = head.gradient(part).fill_(math.nan)
+            sparse.backpropagate(part, StandIn(truth[part], memory, order, searches))
+    assert searches == SEARCHES.get(kind, [0, 16, 32, 48] if live > 1 else [0] * live)
+    assert needs[1] or needs[2] or not sparse._taken, "what needs no gradient costs nothing"
+    sparse.finish()
+    d_hidden, d_weight, d_bias = head.finish()
+    x = hidden[0] if index is None else hidden[0, index]
+    if needs[0]:
+        wanted = torch.zeros(count, H)
+        at = torch.arange(live) if index is None else index[:live]
+        wanted[at] = truth.float() @ weight.float()
+        torch.testing.assert_close(d_hidden[0].float(), wanted, rtol=2**-8, atol=1e-5)
+    if needs[1]:
+        wanted = truth.float().t() @ x[:live].float()
+        if buffer is not None:
+            torch.testing.assert_close(buffer, wanted + 1, rtol=1e-5, atol=1e-4)
+            assert d_weight.numel() == 0
+        else:
+            torch.testing.assert_close(d_weight.float(), wanted, rtol=2**-8, atol=1e-4)
+    if needs[2]:
+        torch.testing.assert_close(d_bias, truth.float().sum(0), rtol=1e-5, atol=1e-4)
