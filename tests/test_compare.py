@@ -90,3 +90,32 @@ def test_one_group_and_no_reference_model(runs: list[Path], drawn: list[Line], t
     assert [group["name"] for group in found["groups"]] == ["all settings alike"]
     assert "kl" not in found["groups"][0]["results"]
     assert [row["step"] for row in drawn[-1].rows] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("first", ["with a reference model", "without"])
+def test_a_group_without_a_reference_model_beside_one_with(
+    first: str, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = shutil.copytree(runs[0], tmp_path / "without")
+    settings = json.loads((without / "settings.json").read_text())
+    (without / "settings.json").write_text(json.dumps(settings | {"beta": 0.0}))
+    rows = [{k: v for k, v in row.items() if k != "kl"} for row in read_metrics(without / "metrics.jsonl")]
+    (without / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    folders = [runs[0], without] if first == "with a reference model" else [without, runs[0]]
+    assert main(["compare", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if " kl " in line)
+    assert line.count("(") == 1
+
+
+def test_the_title_says_what_all_runs_share(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    settings = json.loads((other / "settings.json").read_text())
+    (other / "settings.json").write_text(json.dumps(settings | {"task": "gcd"}))
+    summary = json.loads((other / "summary.json").read_text())
+    (other / "summary.json").write_text(json.dumps(summary | {"device": "another"}))
+    titles, real = [], compare.png
+    monkeypatch.setattr(compare, "png", lambda figure: titles.append(figure.get_suptitle()) or real(figure))
+    found = compare.compare([runs[0], other], tmp_path / "out")
+    assert titles == [", ".join(["tiny", *sorted(["another", found["runs"][0]["device"]])])]

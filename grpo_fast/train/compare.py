@@ -62,7 +62,8 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         lines += [Line(of_run, f"C{color}", None if mean else name, 0.5 if mean else 1.5) for of_run in own_rows]
         lines += [Line(of_all, f"C{color}", f"{name}, mean of {len(members)} seeds", 2.0) for of_all in mean]
     figure = overlay(lines, _PANELS, columns=3)
-    figure.suptitle(f"{settings[0]['model']} on {settings[0]['task']}, {runs[0]['device']}")
+    devices = sorted({run["device"] for run in runs})
+    figure.suptitle(", ".join([shared[name] for name in ("model", "task") if name in shared] + devices))
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f"{PICTURE_FILE}.partial"
     partial.write_bytes(png(figure))
@@ -77,9 +78,9 @@ def table(found: dict[str, Any]) -> Table:
     made = Table(title=f"mean over runs (least, most); metrics over the last {_LAST:.0%} of the steps")
     for group in ({"name": "", "runs": 0}, *groups):
         made.add_column(f"{group['name']}, {group['runs']} runs" if group["runs"] else "")
-    for title in groups[0]["results"]:
-        values = (group["results"][title] for group in groups)
-        made.add_row(title, *(f"{mean:.3f} ({least:.3f}, {most:.3f})" for mean, least, most in values))
+    for title in dict.fromkeys(title for group in groups for title in group["results"]):
+        every = (group["results"].get(title) for group in groups)
+        made.add_row(title, *("" if of is None else "{:.3f} ({:.3f}, {:.3f})".format(*of) for of in every))
     return made
 
 
