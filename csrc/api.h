@@ -193,10 +193,10 @@ cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& pla
 cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
                             const int64_t* which, int count, cudaStream_t stream);
 
-// Rows that can be sparse are short or long, by the number of their elements.
+// Rows are short or long, by the number of their elements, or dense.
 struct SparseTotals {
   unsigned long long in_short, in_long;  // elements of those
-  unsigned long long longs, dense;       // long rows, and those that cannot be sparse
+  unsigned long long longs, dense;       // long rows, and dense ones
 };
 
 // Rows of the gradient as their largest elements: of a row together, in the order of the words.
@@ -204,13 +204,13 @@ struct SparseRows {
   int64_t* keys;  // an element's word times 2^32, plus its row, the first row's number being `first_row`
   float* values;
   int64_t* starts;       // (count,) of a row's elements the first,
-  int64_t* ends;         // (count,) and what comes after the last; before the first where a row cannot be sparse
+  int64_t* ends;         // (count,) and what comes after the last; before the first of a dense row
   SparseTotals* totals;  // 0 before
   int first_row;
   int short_most, long_most;                             // most elements of a row
   unsigned long long short_room, long_room, most_dense;  // elements of short rows, then of long ones; rows
-  // If short rows have no room, or more rows cannot be sparse, of which the long ones are part if they have no room,
-  // then not everything is there.
+  // Long rows count as dense if there is no room for all of them. If there is none for the short ones, or more rows are
+  // dense, the search has ended early: of what is here, only that the totals say so is of use.
 };
 
 constexpr int kSparseWords = 262144;  // the most words of a row; MOST_WORDS in Python

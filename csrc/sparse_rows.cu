@@ -39,7 +39,9 @@ __device__ inline bool given_up(const SparseRows& out) {
   return now->in_short > out.short_room || dense > out.most_dense;
 }
 
-// A block a row. Where its elements lie depends on which block is first, not what they are, nor their order.
+// A block a row. Where in the pool its elements lie depends on which block is first, not what they are, nor their
+// order. A block that ends because of given_up, or finds no room, leaves what the host will not look at: totals only
+// grow, so they tell the host what they told the block.
 template <bool kTilt>
 __global__ void __launch_bounds__(kThreads, 3)
     sparse_kernel(const Head head, const Exponentials exponentials, const Slopes* all, const float* usual,
@@ -81,6 +83,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (thread == 0) skip = given_up(out);
   __syncthreads();
   if (skip) return;
+  // How many elements there are of each power, and what those below add up to.
   uint64_t seen = 0;  // the vectors that may have something to keep
   float rest = 0.0f;  // the squares of what is below all bins
   for (int first = 0; first < turns; first += kAtOnce) {
@@ -113,6 +116,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int across = 16; across > 0; across /= 2) rest += __shfl_xor_sync(~0u, rest, across);
   if (lane == 0) small[warp] = rest;
   __syncthreads();
+  // The fewest powers that are enough, and a place in the pool for their elements.
   if (thread == 0) {
     float dropped = 0.0f;
     for (int i = 0; i < kWarps; ++i) dropped += small[i];
@@ -143,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   __syncthreads();
   if (skip) return;
 
-  // Places in the order of the words: of (turn, warp), then within a warp. Most warps have nothing in most turns.
+  // Where in that place each warp's begin, in the order of the words: of (turn, warp). Most have nothing in most turns.
   const uint64_t warps_turns = __reduce_or_sync(~0u, static_cast<unsigned>(seen)) |
                                uint64_t(__reduce_or_sync(~0u, static_cast<unsigned>(seen >> 32))) << 32;
   const auto kept_of = [&](int turn, float (&x)[8]) {
@@ -179,6 +183,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   __syncthreads();
+  // What is kept, to its place.
   for (uint64_t left = warps_turns; left != 0; left &= left - 1) {
     const int turn = __ffsll(static_cast<long long>(left)) - 1;
     float x[8];

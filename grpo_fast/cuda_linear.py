@@ -110,8 +110,9 @@ class Exponentials:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The largest elements of rows of the gradient: a row's together, in the order of the words.
 
-        Rows are short, or long, or they cannot be sparse. If short ones have no room for their elements, or too many
-        rows cannot be sparse, of which the long ones are part if they have no room, then not everything is written.
+        Rows are short, or long, or dense, which have none. If there is no room for the elements of all long ones,
+        they are to be dense too. If there is none for those of the short rows, or too many rows are dense, the search
+        has ended early: of what is returned, only that the totals say so is of use.
 
         Args:
             tolerance: What a row may lose, in the L2 norm relative to its reference.
@@ -120,12 +121,12 @@ class Exponentials:
             first_row: The number of the first row.
             most: Elements of a short row, and of a long one.
             room: For elements of short rows, and of long ones.
-            most_dense: Of the rows.
+            most_dense: How many rows may be dense.
 
         Returns:
-            starts (N,), ends (N,) int64, where a row's elements lie, ends before starts if it cannot be sparse; and
-            totals (4,) int64, the numbers of elements of short rows, of elements of long rows, of long rows, and of
-            rows that cannot be sparse.
+            starts (N,), ends (N,) int64, where a row's elements lie, ends before starts if it is dense; and totals
+            (4,) int64, the numbers of elements of short rows, of elements of long rows, of long rows, and of dense
+            ones, long rows without room not among them.
 
         Raises:
             RuntimeError: The kernel was not launched.
@@ -273,7 +274,7 @@ def sum_of_rows(
     Args:
         out: bfloat16 or float32, contiguous, to be written.
         starts, ends: (R,) int64.
-        index: (entries,) int32, every second of its elements in memory.
+        index: (entries,) int32, a view with stride 2.
         weights: (entries,) float32.
         matrix: (any, H) bfloat16, rows at multiples of 16 bytes.
         base: (R, H) float32, contiguous, which may be ``out``; or None for nothing.

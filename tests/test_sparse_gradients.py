@@ -169,7 +169,7 @@ def test_losses(
     long_on_average: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Of 512 rows some are long, with room for some of them, and a few are dense.
+    # Of 512 rows some are long, with room for all of them or, at 8 a row, not; and a few are dense.
     monkeypatch.setattr(_sparse, "SHORT", 256)
     monkeypatch.setattr(_sparse, "LONG", 512)
     monkeypatch.setattr(_sparse, "LONG_ON_AVERAGE", long_on_average)
@@ -289,7 +289,7 @@ def test_not_while_a_graph_is_captured() -> None:
 
 @on_hopper
 def test_a_token_of_most_rows() -> None:
-    """A word's entries are taken by groups of threads, which are added up in order."""
+    """A word's entries are taken by the warps of a block, which are added up in order."""
     hidden, weight, index = peaked(2_000, sure=14.0)
     index.fill_(17)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
