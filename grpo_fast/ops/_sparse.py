@@ -80,7 +80,7 @@ class SparseGradient:
             most_dense=most_dense,
         )
         in_short, in_long, longs, dense = totals.tolist()
-        if in_long > room[1]:
+        if in_long > room[1]:  # there is none for all long rows: they are dense
             ends = torch.where(ends - starts > SHORT, starts - 1, ends)
             in_long, dense = 0, dense + longs
         if in_short > room[0] or dense > most_dense:
@@ -102,7 +102,7 @@ class SparseGradient:
             weight = self._head.weight
             d_rows = weight.new_empty(found.starts.numel(), weight.size(1))
             self._sum_of_rows(d_rows, found.starts, found.ends, _words(self._keys), self._values, weight, None)
-            self._head.put_hidden(found.part, d_rows)
+            self._head.put_hidden(found.part, d_rows)  # 0 for dense rows, until these are taken there
         if needs.weight or needs.bias:
             lots = [lot for lot in found.lots if lot.stop > lot.start]
             self._taken += [(self._keys[lot].clone(), self._values[lot].clone()) for lot in lots]
@@ -119,6 +119,7 @@ class SparseGradient:
         self._numbers = torch.cat([self._numbers, which + first_row])
 
     def _backpropagate_aside(self) -> None:
+        """Take what is set aside, of sections that are collected, to hidden states, weight and bias."""
         if self._aside is not None and self._numbers.numel() > 0:
             self._head.backpropagate_rows(self._aside[: self._numbers.numel()], self._numbers)
         self._numbers = self._numbers[:0]
