@@ -267,7 +267,8 @@ class ChunkedHead:
         """Take the gradients (n, V) of the rows of these numbers to hidden states, weight and bias."""
         if self.needs.hidden:
             self.put_hidden(which, self._hidden_rows(gradient))
-        self._add_to_weight(gradient, self.all_states().index_select(0, which))
+        if self.needs.weight or self.needs.bias:
+            self._add_to_weight(gradient, self.all_states().index_select(0, which))
 
     def weight_total(self) -> tuple[Tensor | None, Tensor]:
         """(the sum so far of the weight's gradient, if any; where to write it with what is added last)."""
