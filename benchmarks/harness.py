@@ -17,13 +17,11 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib.metadata
-import json
 import math
 import os
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -335,15 +333,3 @@ def _printed(command: list[str]) -> str:
     except OSError:
         printed = ""
     return (printed.strip().splitlines() or ["unknown"])[0]
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write to a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content)
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")

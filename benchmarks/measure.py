@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from .harness import Benchmark, Provider, Record, Timer, environment, write_json
+from grpo_fast.train.files import write_json
+
+from .harness import Benchmark, Provider, Record, Timer, environment
 from .report import groups, header, row
 
 
@@ -55,6 +57,7 @@ def measure_cases(
             torch.cuda.empty_cache()
         if out is not None:
             content = {"benchmark": benchmark.name, "environment": where, "records": records}
+            out.mkdir(parents=True, exist_ok=True)
             write_json(out / f"{benchmark.name}.json", content)
     return records
 

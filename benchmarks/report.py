@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .harness import Benchmark, Record, write_text
+from grpo_fast.train.files import write_file
+
+from .harness import Benchmark, Record
 
 HEAD = """\
 # Performance
@@ -156,7 +158,8 @@ def write_report(benchmarks: dict[str, Benchmark], files: Sequence[Path], page: 
                 f"**{task}**, {benchmark.title(case)}",
                 markdown_table(columns, (row(r, columns) for r in members)),
             ]
-    write_text(page, "\n\n".join(part.strip("\n") for part in parts) + "\n")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_file(page, "\n\n".join(part.strip("\n") for part in parts) + "\n")
 
 
 def relative(path: Path, page: Path) -> str:

@@ -35,14 +35,9 @@ from grpo_fast.train.update import advantages_over_ranks, grpo_gradients, optimi
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "luspo", "cispo")
 
 
-def digits(completions: list[str], **_: Any) -> list[float]:
-    """A reward that even an untrained model gets some of, so that every step has something to learn from."""
-    return [sum(c.isdigit() for c in text) / 12 for text in completions]
-
-
 #: 12 completions a step, of which 2 ranks have 6 each and 4 have 3: groups of 4 that span ranks.
 RUN = Settings(
-    reward=f"{__name__}:digits",
+    reward="conftest:digits",
     cold_start_steps=2,
     cold_start_batch=7,  # shares of 3 and 4
     cold_start_check=2,

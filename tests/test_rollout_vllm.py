@@ -190,15 +190,10 @@ def test_an_answer_of_another_size_is_refused(policy: Policy, what: str) -> None
         VLLMSampler(Wrong(), SETTINGS).sample(policy, prompts(policy), **OPTIONS)
 
 
-def digits(completions: list[str], **_: Any) -> list[float]:
-    """A reward that even an untrained model gets some of."""
-    return [sum(c.isdigit() for c in text) / 12 for text in completions]
-
-
 RUN = replace(
     SETTINGS,
     temperature=1.0,
-    reward=f"{__name__}:digits",
+    reward="conftest:digits",
     cold_start_steps=2,
     cold_start_batch=8,
     cold_start_check=2,

@@ -177,17 +177,12 @@ def test_what_older_weights_left_in_the_prefix_cache_is_not_used(client: Client)
     assert error(draw(Keeps(), policy_of(8))) > 0.1
 
 
-def digits(completions: list[str], **_: Any) -> list[float]:
-    """A reward that even an untrained model gets some of."""
-    return [sum(c.isdigit() for c in text) / 12 for text in completions]
-
-
 def test_a_run_learns(server: str, tmp_path: Path) -> None:
     settings = replace(
         SETTINGS,
         vllm_server=server,
         temperature=1.0,
-        reward=f"{__name__}:digits",
+        reward="conftest:digits",
         cold_start_steps=0,
         steps=25,
         prompts=8,

@@ -16,17 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from grpo_fast.train.files import write_json
 from grpo_fast.train.ranks import ALONE, Ranks
 from grpo_fast.train.sharding import placed_like, whole
 
 _NAME = "checkpoint"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def save_checkpoint(

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from grpo_fast.train.checkpoint import write_json
 from grpo_fast.train.curves import Line, Panel, overlay, png, points
+from grpo_fast.train.files import write_file, write_json
 from grpo_fast.train.recorder import METRICS_FILE, SUMMARY_FILE, read_metrics
 from grpo_fast.train.report import PANELS
 from grpo_fast.train.settings import load_settings, to_json
@@ -65,9 +65,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     devices = sorted({run["device"] for run in runs})
     figure.suptitle(", ".join([shared[name] for name in ("model", "task") if name in shared] + devices))
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"{PICTURE_FILE}.partial"
-    partial.write_bytes(png(figure))
-    partial.replace(out / PICTURE_FILE)
+    write_file(out / PICTURE_FILE, png(figure))
     write_json(out / RESULTS_FILE, found)
     return found
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.train.checkpoint import write_json
 from grpo_fast.train.corrections import count_corrections
 from grpo_fast.train.distill import DistillSettings, distill
+from grpo_fast.train.files import write_json
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.r1_measure import measure
 from grpo_fast.train.r1_presets import Preset

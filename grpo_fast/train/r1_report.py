@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from grpo_fast.train.files import write_file
 from grpo_fast.train.r1 import MEASURED_FILE
 from grpo_fast.train.r1_figures import RUNS, abilities, training
 from grpo_fast.train.r1_measure import MODELS, lessons
@@ -72,9 +73,7 @@ def write(folder: Path) -> dict[str, Any]:
     pictures = [training(folder, measured["recipe"]["teacher"]), abilities(measured["models"])]
     page = _page(measured, *pictures).encode()
     for name, content in zip((TRAINING_FILE, ABILITIES_FILE, REPORT_FILE), (*pictures, page), strict=True):
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(folder / name)
+        write_file(folder / name, content)
     return measured
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.train.evaluate import rechecks
+from grpo_fast.train.files import write_file
 from grpo_fast.train.ranks import Ranks
 from grpo_fast.train.rewards import RewardBatch
 from grpo_fast.train.rollout import Rollout
@@ -33,9 +34,7 @@ class Recorder:
 
         self._path = folder / METRICS_FILE
         kept = [row for row in read_metrics(self._path) if row["step"] <= last_step] if self._path.exists() else []
-        partial = self._path.with_name(f"{METRICS_FILE}.partial")
-        partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-        partial.replace(self._path)
+        write_file(self._path, "".join(f"{json.dumps(row)}\n" for row in kept))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)  # type: ignore[no-untyped-call]
 
     def write(self, step: int, row: Mapping[str, float]) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from grpo_fast.train.curves import Panel, smooth
+from grpo_fast.train.curves import Panel, describe, png, points, smooth
 from grpo_fast.train.evaluate import Evaluation
+from grpo_fast.train.files import write_file
 from grpo_fast.train.recorder import METRICS_FILE, SUMMARY_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ def write(folder: Path) -> dict[str, Any]:
     """Draw ``report.png`` and write ``report.md`` in a finished run's folder; returns its summary."""
     summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     plot(folder, summary)
-    partial = folder / "report.md.partial"
-    partial.write_text(_markdown(summary), encoding="utf-8")
-    partial.replace(folder / "report.md")
+    write_file(folder / "report.md", _markdown(summary))
     return summary
 
 
@@ -69,35 +68,24 @@ def evaluation_table(found: Evaluation) -> Table:
 
 def plot(folder: Path, summary: dict[str, Any]) -> None:
     """Draw accuracy, reward, length, KL, clip fraction and entropy over steps as ``report.png``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = read_metrics(folder / METRICS_FILE)
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 7.5), layout="constrained")
-    panels = list(axes.flat)
-    _accuracy(panels[0], rows)
-    for axis, (title, unit, key) in zip(panels[1:], PANELS, strict=True):
-        _series(axis, rows, key)
-        axis.set_title(title, loc="left", fontweight="bold")
-        axis.set_ylabel(unit)
-    for axis in panels:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("GRPO step")
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    first, *others = figure.subplots(2, 3).flat
+    _accuracy(first, rows)
+    for axis, (title, unit, metric) in zip(others, PANELS, strict=True):
+        _series(axis, rows, metric)
+        describe(axis, title, "GRPO step", unit)
     settings = summary["settings"]
     figure.suptitle(f"GRPO: {settings['model']} on {settings['task']}, seed {settings['seed']}, {summary['device']}")
-    partial = folder / "report.partial.png"
-    figure.savefig(partial, dpi=110)
-    pyplot.close(figure)
-    partial.replace(folder / "report.png")
+    write_file(folder / "report.png", png(figure))
 
 
 def _accuracy(axis: Axes, rows: list[dict[str, float]]) -> None:
-    batch = [(r["step"], r["rewards/accuracy/mean"]) for r in rows if "rewards/accuracy/mean" in r]
-    if batch:
-        axis.plot(*zip(*batch, strict=True), color="0.8", lw=0.8, label="training batch")
+    steps, values = points(rows, "rewards/accuracy/mean")
+    if steps:
+        axis.plot(steps, values, color="0.8", lw=0.8, label="training batch")
     measured = [r for r in rows if "eval/pass@1" in r]
     if measured:
         steps = [r["step"] for r in measured]
@@ -110,17 +98,15 @@ def _accuracy(axis: Axes, rows: list[dict[str, float]]) -> None:
         if steps[0] == 0:
             axis.axhline(mean[0], color="C3", ls="--", label="before GRPO, pass@1")
     axis.set_ylim(0, 1.02)
-    axis.set_title("Accuracy on dev problems", loc="left", fontweight="bold")
-    axis.set_ylabel("share right")
+    describe(axis, "Accuracy on dev problems", "GRPO step", "share right")
     axis.legend(fontsize=8, loc="lower right", framealpha=1.0, edgecolor="none")
 
 
-def _series(axis: Axes, rows: list[dict[str, float]], key: str) -> None:
-    points = [(r["step"], r[key]) for r in rows if key in r]
-    if not points:
+def _series(axis: Axes, rows: list[dict[str, float]], metric: str) -> None:
+    steps, values = points(rows, metric)
+    if not steps:
         axis.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axis.transAxes, color="0.5")
         return
-    steps, values = zip(*points, strict=True)
     axis.plot(steps, values, color="C0", lw=0.7, alpha=0.4)
     axis.plot(steps, smooth(values), color="C0", lw=1.8)
 

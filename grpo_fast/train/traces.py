@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_fast.train.checkpoint import write_json
+from grpo_fast.train.files import write_json
 from grpo_fast.train.model import Policy
 from grpo_fast.train.progress import progress
 from grpo_fast.train.rewards import extract_answer, format_reward

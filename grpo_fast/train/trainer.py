@@ -15,8 +15,9 @@ from typing import Any, cast
 
 import torch
 
-from grpo_fast.train.checkpoint import find_checkpoint, read_state, restore, save_checkpoint, write_json
+from grpo_fast.train.checkpoint import find_checkpoint, read_state, restore, save_checkpoint
 from grpo_fast.train.evaluate import Evaluation, evaluate
+from grpo_fast.train.files import write_json
 from grpo_fast.train.model import Policy, load_policy
 from grpo_fast.train.progress import progress, stop_flag
 from grpo_fast.train.ranks import ALONE, Ranks
