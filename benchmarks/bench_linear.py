@@ -26,7 +26,8 @@ it. Inputs are bfloat16. Rows are peaked: logits to 40, and 80 % of the rows nea
 against float64: the largest of a log-prob in nats, and, relative in the Frobenius norm, those of the gradients of 64
 hidden states and of 64 rows of the head. "MiB" bounds what grpo_fast keeps of logits and gradients
 (`workspace_bytes`); memory is the peak beyond inputs, gradients included, and while that of the head is added
-up in float32 that is 4 V H bytes of it. Peers that give log-probs are given the loss in plain torch."""
+up in float32 that is 4 V H bytes of it. Peers that give log-probs are given the loss in plain torch, as are
+grpo_fast's own in "log-probs + torch loss"."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,7 @@ LOSS = Task(
     "the products",
     (
         Provider("grpo_fast", lambda x: x.gradients(loss_ours(x)), ours=True),
+        Provider("grpo_fast log-probs + torch loss", _loss_from(logps_ours), ours=True),
         *(Provider(name, _loss_from(logps), **options) for name, logps, options in PEERS),
         Provider("Liger fused linear GRPO", lambda x: x.gradients(loss_liger_linear(x)), only_in=BASE),
     ),
