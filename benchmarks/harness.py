@@ -122,9 +122,12 @@ class Benchmark:
 class Timer:
     """Medians of times in milliseconds, of functions that take turns.
 
-    On a GPU between device events, each run with a cold L2 cache. The host gets ahead of the GPU before the first, so
-    that what it spends on a launch is not in the time; ``wall`` has that too. On a CPU by the clock.
+    On a GPU between device events, each run with a cold L2 cache, and with the host ahead of the GPU, as it is in
+    training: what it spends on launches is in the time only after it waited for the GPU; ``wall`` has all of it. On a
+    CPU by the clock.
     """
+
+    LEAD = 6_000_000  # GPU cycles, 3 ms or more
 
     def __init__(self, runs: int = 20, warmup: int = 3, device: str = "cuda") -> None:
         self.runs, self.warmup, self.device = runs, warmup, device
@@ -138,25 +141,20 @@ class Timer:
     def interleaved(self, *fns: Callable[[], Any], before: Callable[[], Any] | None = None) -> list[dict[str, float]]:
         """The same of each function; ``before`` runs ahead of each run, outside the time."""
         restore = before or (lambda: None)
-        host = 0.0
         for _ in range(self.warmup):
-            self.synchronize()
-            start = perf_counter()
             for fn in fns:
                 restore()
                 fn()
-            host = perf_counter() - start
         self.synchronize()
         if self.device != "cuda":
             times = [[self._clocked(fn, restore) for fn in fns] for _ in range(self.runs)]
             return [_quantiles(list(own)) for own in zip(*times, strict=True)]
-        # The GPU waits for as long as the host will take: 2 GHz is more than its clock.
-        torch.cuda._sleep(int(2e9 * max(0.01, min(1.2 * host * self.runs, 1.0))))
         events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in fns]
         for _ in range(self.runs):
             for fn, own in zip(fns, events, strict=True):
                 restore()
                 self._cache.zero_()
+                torch.cuda._sleep(self.LEAD)
                 start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start_event.record()
                 fn()
