@@ -199,21 +199,29 @@ struct SparseTotals {
   unsigned long long longs, dense;       // long rows, and dense ones
 };
 
-// Rows of the gradient as their largest elements: of a row together, in the order of the words.
+// From where on most rows are too flat. Long rows count as dense if there is no room for all of them.
+struct SparseLimits {
+  SparseTotals* totals;                                  // null for no limits
+  unsigned long long short_room, long_room, most_dense;  // elements of short rows, and of long ones; rows
+};
+
+// Rows of the gradient as some of their elements: of a row together, in the order of the words; those of short rows,
+// then, after the room for these, of long ones.
 struct SparseRows {
   int64_t* keys;  // an element's word times 2^32, plus its row, the first row's number being `first_row`
   float* values;
-  int64_t* starts;       // (count,) of a row's elements the first,
-  int64_t* ends;         // (count,) and what comes after the last; before the first of a dense row
-  SparseTotals* totals;  // 0 before
+  int64_t* starts;  // (count,) of a row's elements the first,
+  int64_t* ends;    // (count,) and what comes after the last; before the first of a dense row, or one without room
+  SparseLimits
+      limits;  // totals are 0 before; if they are passed, the search has ended early, and nothing else is of use
   int first_row;
-  int short_most, long_most;                             // most elements of a row
-  unsigned long long short_room, long_room, most_dense;  // elements of short rows, then of long ones; rows
-  // Long rows count as dense if there is no room for all of them. If there is none for the short ones, or more rows are
-  // dense, the search has ended early: of what is here, only that the totals say so is of use.
+  int short_most, long_most;   // most elements of a row
+  unsigned long long* sample;  // (kSparsePowers + 1,), 0 before: what is small in some of the rows, by its power of two
+  int sampled;                 // how many rows those are, no more than there are
 };
 
 constexpr int kSparseWords = 262144;  // the most words of a row; MOST_WORDS in Python
+constexpr int kSparsePowers = 16;     // of two, thresholds; SPARSE_POWERS in reference.py
 
 // `usual`: a scalar, how large the sampled tokens' elements are in the root mean square.
 cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
@@ -224,6 +232,7 @@ struct Entries {
   const int64_t *starts, *ends;
   const int32_t* index;
   const float* weights;
+  SparseLimits limits;  // nothing is written if they are passed
 };
 
 // out (rows, width), in float32 or bfloat16: sums of rows of a bfloat16 matrix, and `base` (rows, width) if not null,

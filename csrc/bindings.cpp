@@ -170,6 +170,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("architectures") = GRPO_FAST_ARCHITECTURES;
   m.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   m.attr("PARTIAL") = gf::kPartial;
+  m.attr("SPARSE_POWERS") = gf::kSparsePowers;
   m.def("error_string", [](int code) { return std::string(cudaGetErrorString(static_cast<cudaError_t>(code))); });
 
   py::class_<gf::Layout>(m, "Layout")
@@ -259,6 +260,14 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("values"), py::arg("stride"), py::arg("bases"));
 
+  py::class_<gf::SparseLimits>(m, "SparseLimits")
+      .def(py::init([](Address totals, std::pair<std::uint64_t, std::uint64_t> room, int most_dense) {
+             want(most_dense >= 0, "most_dense", most_dense, "0 or more rows");
+             return gf::SparseLimits{pointer<gf::SparseTotals>(totals), room.first, room.second,
+                                     static_cast<unsigned long long>(most_dense)};
+           }),
+           py::arg("totals"), py::arg("room"), py::arg("most_dense"));
+
   m.def("linear_lanes", &gf::linear_lanes, py::arg("count"), py::arg("multiprocessors"));
 
   m.def(
@@ -347,29 +356,26 @@ PYBIND11_MODULE(_C, m) {
       "sparse_rows",
       [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address slopes,
          bool tilted, Address usual, float tolerance, Address keys, Address values, Address starts, Address ends,
-         Address totals, int first_row, std::pair<int, int> most, std::pair<std::uint64_t, std::uint64_t> room,
-         int most_dense) -> int {
+         const gf::SparseLimits& limits, int first_row, std::pair<int, int> most, Address sample, int sampled) -> int {
+        want(sampled >= 1 && sampled <= head.count, "sampled", sampled, "1 or more rows, and no more than there are");
         want(head.V <= gf::kSparseWords, "V", head.V, "262144 or less");
-        want(head.count >= 1, "count", head.count, "1 or more rows");
-        want(most_dense >= 0, "most_dense", most_dense, "0 or more rows");
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
-        return code(gf::sparse_rows(
-            head, exponentials, pointer<const float4>(slopes), tilted, pointer<const float>(usual), tolerance,
-            {pointer<std::int64_t>(keys), pointer<float>(values), pointer<std::int64_t>(starts),
-             pointer<std::int64_t>(ends), pointer<gf::SparseTotals>(totals), first_row, most.first, most.second,
-             room.first, room.second, static_cast<unsigned long long>(most_dense)},
-            stream_of(stream)));
+        return code(gf::sparse_rows(head, exponentials, pointer<const float4>(slopes), tilted,
+                                    pointer<const float>(usual), tolerance,
+                                    {pointer<std::int64_t>(keys), pointer<float>(values), pointer<std::int64_t>(starts),
+                                     pointer<std::int64_t>(ends), limits, first_row, most.first, most.second,
+                                     pointer<unsigned long long>(sample), sampled},
+                                    stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("slopes"),
       py::arg("tilted"), py::arg("usual"), py::arg("tolerance"), py::arg("keys"), py::arg("values"), py::arg("starts"),
-      py::arg("ends"), py::arg("totals"), py::arg("first_row"), py::arg("most"), py::arg("room"),
-      py::arg("most_dense"));
+      py::arg("ends"), py::arg("limits"), py::arg("first_row"), py::arg("most"), py::arg("sample"), py::arg("sampled"));
 
   m.def(
       "sum_of_rows",
       [](int device, Address stream, Address starts, Address ends, Address index, Address weights, Tensor matrix,
-         std::int64_t stride, int rows, int width, Address base, Tensor out) -> int {
+         std::int64_t stride, int rows, int width, Address base, Tensor out, const gf::SparseLimits& limits) -> int {
         want(values(matrix).dtype == gf::DType::kBFloat16, "matrix's dtype", matrix.second, "1 (bfloat16)");
         want(matrix.first % 16 == 0 && stride % 8 == 0, "matrix's stride", stride, "rows at multiples of 16 bytes");
         want(width >= 8 && width % 8 == 0, "width", width, "a multiple of 8");
@@ -379,12 +385,13 @@ PYBIND11_MODULE(_C, m) {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         return code(gf::sum_of_rows({pointer<const std::int64_t>(starts), pointer<const std::int64_t>(ends),
-                                     pointer<const std::int32_t>(index), pointer<const float>(weights)},
+                                     pointer<const std::int32_t>(index), pointer<const float>(weights), limits},
                                     values(matrix), stride, rows, width, pointer<const float>(base),
                                     pointer<void>(out.first), values(out).dtype, stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("starts"), py::arg("ends"), py::arg("index"), py::arg("weights"),
-      py::arg("matrix"), py::arg("stride"), py::arg("rows"), py::arg("width"), py::arg("base"), py::arg("out"));
+      py::arg("matrix"), py::arg("stride"), py::arg("rows"), py::arg("width"), py::arg("base"), py::arg("out"),
+      py::arg("limits"));
 
   m.def(
       "log_probs_gradient",

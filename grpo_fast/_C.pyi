@@ -6,6 +6,7 @@ _Tensor = tuple[int, int]
 architectures: str
 cuda_version: str
 PARTIAL: int
+SPARSE_POWERS: int
 
 class Layout:
     cluster: int
@@ -109,6 +110,9 @@ class Head:
 class Exponentials:
     def __init__(self, *, values: int, stride: int, bases: int) -> None: ...
 
+class SparseLimits:
+    def __init__(self, *, totals: int, room: tuple[int, int], most_dense: int) -> None: ...
+
 def grpo_loss_rows(*, device: int, stream: int, rows: Rows, layout: Layout, loss: Loss) -> int: ...
 def sum_rows(
     *,
@@ -209,11 +213,11 @@ def sparse_rows(
     values: int,
     starts: int,
     ends: int,
-    totals: int,
+    limits: SparseLimits,
     first_row: int,
     most: tuple[int, int],
-    room: tuple[int, int],
-    most_dense: int,
+    sample: int,
+    sampled: int,
 ) -> int: ...
 def sum_of_rows(
     *,
@@ -229,6 +233,7 @@ def sum_of_rows(
     width: int,
     base: int,
     out: _Tensor,
+    limits: SparseLimits,
 ) -> int: ...
 def log_probs_gradient(
     *,

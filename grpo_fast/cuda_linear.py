@@ -8,13 +8,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast import _C
 from grpo_fast.cuda import address, check, logit_options, make_loss, stream, values
+
+#: Rows that tell how much of a gradient is small, and so what may be dropped: as many as an H100 looks at at a time.
+SAMPLED_ROWS = 384
 
 
 def takes(hidden: Tensor, weight: Tensor) -> bool:
@@ -62,6 +65,23 @@ def linear_logps_fwd(
     return logps, entropies, shifts, totals
 
 
+class SparseRows(NamedTuple):
+    """Where the elements of sparse rows lie.
+
+    Attributes:
+        starts, ends: (N,) int64, of a row's elements the first, and what comes after the last; ends before starts if
+            it is dense, or long and without room.
+        totals: (4,) int64, the numbers of elements of short rows, of elements of long rows, of long rows, and of
+            dense ones.
+        limits: If these are passed, as the totals say, the search has ended early: nothing else here is of use.
+    """
+
+    starts: Tensor
+    ends: Tensor
+    totals: Tensor
+    limits: _C.SparseLimits
+
+
 @dataclass(frozen=True)
 class Exponentials:
     """What a product left of rows of logits, and the slopes that make their gradient of it."""
@@ -107,15 +127,15 @@ class Exponentials:
         most: tuple[int, int],
         room: tuple[int, int],
         most_dense: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest elements of rows of the gradient: a row's together, in the order of the words.
+    ) -> SparseRows:
+        """Rows of the gradient as some of their elements: a row's together, in the order of the words.
 
         Rows are short, or long, or dense, which have none. If there is no room for the elements of all long ones,
-        they are to be dense too. If there is none for those of the short rows, or too many rows are dense, the search
-        has ended early: of what is returned, only that the totals say so is of use.
+        they are to be dense too. Limits are passed if there is none for those of the short rows, or too many rows are
+        dense.
 
         Args:
-            tolerance: What a row may lose, in the L2 norm relative to its reference.
+            tolerance: The expected error, in the L2 norm relative to the gradient.
             keys, elements: int64 and float32 of one length, to be written: an element's word times 2^32 plus its row,
                 and its value. First those of short rows, then, after the room for these, of long ones.
             first_row: The number of the first row.
@@ -123,16 +143,13 @@ class Exponentials:
             room: For elements of short rows, and of long ones.
             most_dense: How many rows may be dense.
 
-        Returns:
-            starts (N,), ends (N,) int64, where a row's elements lie, ends before starts if it is dense; and totals
-            (4,) int64, the numbers of elements of short rows, of elements of long rows, of long rows, and of dense
-            ones, long rows without room not among them.
-
         Raises:
             RuntimeError: The kernel was not launched.
         """
-        starts, ends = keys.new_empty(2, self.hidden.size(0)).unbind()
-        totals = keys.new_zeros(4)
+        count = self.hidden.size(0)
+        starts, ends = keys.new_empty(2, count).unbind()
+        totals, sample = keys.new_zeros(4 + _C.SPARSE_POWERS + 1).split([4, _C.SPARSE_POWERS + 1])
+        limits = _C.SparseLimits(totals=totals.data_ptr(), room=room, most_dense=most_dense)
         error = _C.sparse_rows(
             device=self.hidden.device.index,
             stream=stream(self.hidden),
@@ -146,14 +163,14 @@ class Exponentials:
             values=elements.data_ptr(),
             starts=starts.data_ptr(),
             ends=ends.data_ptr(),
-            totals=totals.data_ptr(),
+            limits=limits,
             first_row=first_row,
             most=most,
-            room=room,
-            most_dense=most_dense,
+            sample=sample.data_ptr(),
+            sampled=min(count, SAMPLED_ROWS),
         )
         check(error, "the sparse gradient of the logits", self.hidden)
-        return starts, ends, totals
+        return SparseRows(starts, ends, totals, limits)
 
 
 def linear_logps_bwd(
@@ -201,7 +218,7 @@ def linear_exponentials(
     logit_scale: float,
     softcap: float | None,
 ) -> Exponentials:
-    """What ``linear_logps_bwd`` has from one product, for the choice of its largest elements; no softcap.
+    """What ``linear_logps_bwd`` has from one product, to be made sparse or not; no softcap.
 
     Raises:
         RuntimeError: A kernel was not launched.
@@ -267,7 +284,14 @@ def linear_loss_rows(
 
 
 def sum_of_rows(
-    out: Tensor, starts: Tensor, ends: Tensor, index: Tensor, weights: Tensor, matrix: Tensor, base: Tensor | None
+    out: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    matrix: Tensor,
+    base: Tensor | None = None,
+    limits: _C.SparseLimits | None = None,
 ) -> None:
     """Row r of ``out`` (R, H): the sum of ``weights[e] * matrix[index[e]]``, starts[r] <= e < ends[r], and of base.
 
@@ -278,6 +302,7 @@ def sum_of_rows(
         weights: (entries,) float32.
         matrix: (any, H) bfloat16, rows at multiples of 16 bytes.
         base: (R, H) float32, contiguous, which may be ``out``; or None for nothing.
+        limits: If these are passed, nothing is written.
 
     Raises:
         RuntimeError: The kernel was not launched.
@@ -295,6 +320,7 @@ def sum_of_rows(
         width=out.size(1),
         base=address(base),
         out=values(out),
+        limits=limits or _C.SparseLimits(totals=0, room=(0, 0), most_dense=0),
     )
     check(error, "the sum of rows", out)
 

@@ -31,6 +31,8 @@ from grpo_fast.config import CLIPPED_LOSSES, GRPOLossConfig
 CHUNK_ELEMENTS = 2**24
 #: Powers of two by which elements of a gradient that is to be sparse are told apart.
 SPARSE_POWERS = 16
+#: And how many times the tolerance a row's error may come to.
+SPARSE_MOST_ERROR = 4.0
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -519,11 +521,15 @@ def linear_divergence_ref(
 def sparse_rows_ref(
     gradient: Tensor, at_target: Tensor, usual: float | Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """What ``sparse_grad_tol`` keeps of rows of the logits' gradient.
+    """From which size on ``sparse_grad_tol`` keeps elements of rows of the logits' gradient.
 
-    Elements are told apart by the power of two that they fall short of a reference by: the sampled token's element,
-    or ``usual`` if that is larger. Kept are the fewest powers with which what is dropped, each element taken for as
-    large as its power allows, has no more than ``tolerance`` of the reference in the L2 norm.
+    An element as large as the threshold is kept. A smaller one, x, is raised to the threshold t with the probability
+    |x| / t, else dropped: on average it is what it was, with the variance |x| (t - |x|), so that the expected square
+    of the error is at most t times the sum of what is smaller. One threshold for all rows makes the most of it. It is
+    the largest of ``usual`` times 2^-k with which that is at most the square of ``tolerance`` times the norm of the
+    sampled tokens' elements, and so of the gradient; and t itself, and so any element's error, at most ``tolerance``
+    times ``usual``. A row whose own error would come to ``SPARSE_MOST_ERROR`` times as much has a smaller threshold;
+    of a row r > 1 times as large as usual, sqrt(r) times that.
 
     Args:
         gradient: (n, V) float.
@@ -531,14 +537,17 @@ def sparse_rows_ref(
         usual: A scalar, how large those are in the root mean square over the rows that are taken together.
 
     Returns:
-        Which elements are kept (n, V) bool, and for which rows (n,) bool the powers that are told apart are enough.
+        The thresholds (n,), and for which rows (n,) bool the powers of two that are tried are enough.
     """
-    relative = gradient.abs() / at_target.abs().clamp(min=float(usual))[:, None]
+    usual = float(usual)
+    relative = gradient.abs() / usual
     powers = (-torch.frexp(relative).exponent).clamp(min=0).where(relative > 0, SPARSE_POWERS)
-    dropped = relative.square().where(powers >= SPARSE_POWERS, 0.0).sum(1)
-    fits = dropped <= tolerance**2
-    first = torch.full_like(dropped, SPARSE_POWERS, dtype=torch.int32)
-    for power in range(SPARSE_POWERS - 1, 0, -1):
-        dropped = dropped + (powers == power).sum(1) * 4.0**-power
-        first = first.where(dropped > tolerance**2, power)
-    return powers < first[:, None], fits
+    sums = relative.new_zeros(len(relative), SPARSE_POWERS + 1)
+    sums.scatter_add_(1, powers.clamp(max=SPARSE_POWERS).long(), relative)
+    below = sums.flip(1).cumsum(1).flip(1)  # of each power, what is smaller
+    tried = 2.0 ** -torch.arange(SPARSE_POWERS + 1, device=below.device).to(below.dtype)
+    for_all = below.sum(0) * tried <= tolerance**2 * len(below)
+    most = (SPARSE_MOST_ERROR * tolerance) ** 2 * (at_target.abs() / usual).clamp(min=1.0)
+    fit = for_all & (tried <= tolerance) & (below * tried <= most[:, None])
+    first = fit.int().argmax(1)  # below times the threshold grows with it
+    return usual * tried[first], fit[:, -1]

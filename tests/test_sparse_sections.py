@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from grpo_fast.ops import _sparse
-from grpo_fast.ops._chunks import ChunkedHead, Needs
+from grpo_fast.ops._chunks import LONG_ON_AVERAGE, SHORT_ON_AVERAGE, ChunkedHead, Needs
 from grpo_fast.ops._rows import HiddenRows, Rows
 from grpo_fast.ops._sparse import SparseGradient
 
@@ -19,6 +20,13 @@ pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 V, H = 61, 8
 #: Elements of a row that is zero, short, long, and dense.
 ZERO, FEW, MANY, ALL = 0, 3, 8, V
+
+
+class Found(NamedTuple):
+    starts: Tensor
+    ends: Tensor
+    totals: Tensor
+    limits: bool  # whether they are passed
 
 
 @dataclass
@@ -44,38 +52,47 @@ class StandIn:
         most: tuple[int, int],
         room: tuple[int, int],
         most_dense: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Found:
         """Rows in any order; once most are known to be flat, or an element has no room, the rest is left as it is."""
         n = self.truth.size(0)
         self.searches.append(first_row)
         keys.fill_(-1)
         elements.fill_(math.nan)
         starts, ends = torch.full((2, n), -(2**40)).unbind()
-        totals = [0, 0, 0, 0]
+        totals, passed = [0, 0, 0, 0], False
         for row in torch.randperm(n, generator=self.order).tolist():
-            in_short, in_long, longs, dense = totals
-            if in_short > room[0] or dense + (longs if in_long > room[1] else 0) > most_dense:
+            if passed:
                 break
             words = self.truth[row].nonzero().squeeze(1)
             kept = words.numel()
+            is_long, start = kept > most[0], 0
+            starts[row], ends[row] = 0, -1
             if kept > most[1]:
-                starts[row], ends[row] = 0, -1
                 totals[3] += 1
-                continue
-            is_long = kept > most[0]
-            before, totals[is_long] = totals[is_long], totals[is_long] + kept
-            totals[2] += is_long
-            start = before + is_long * room[0]
-            starts[row], ends[row] = start, start + kept
-            if totals[is_long] <= room[is_long]:
+            else:
+                start, totals[is_long] = totals[is_long] + is_long * room[0], totals[is_long] + kept
+                totals[2] += is_long
+            if kept <= most[1] and totals[is_long] <= room[is_long]:
+                starts[row], ends[row] = start, start + kept
                 keys[start : start + kept] = words << 32 | (first_row + row)
                 elements[start : start + kept] = self.truth[row, words].float()
-        return starts, ends, torch.tensor(totals)
+            in_short, in_long, longs, dense = totals
+            passed = in_short > room[0] or dense + (longs if in_long > room[1] else 0) > most_dense
+        return Found(starts, ends, torch.tensor(totals), passed)
 
 
 def sum_of_rows(
-    out: Tensor, starts: Tensor, ends: Tensor, index: Tensor, weights: Tensor, matrix: Tensor, base: Tensor | None
+    out: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    matrix: Tensor,
+    base: Tensor | None = None,
+    limits: bool = False,
 ) -> None:
+    if limits:
+        return
     assert index.stride() == (2,)
     assert out.is_contiguous()
     total = torch.zeros(out.shape) if base is None else base.float().clone()
@@ -147,7 +164,7 @@ def test_products(
     rows = Rows(count, live, count, index)
     states = HiddenRows(hidden, rows, torch.bfloat16)
     buffer = torch.ones(V, H) if into_a_buffer and needs[1] else None
-    a_row = 1.5 * 2 * V + 384 * 12
+    a_row = 1.5 * 2 * V + (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * 12
     head = ChunkedHead(
         states,
         weight,

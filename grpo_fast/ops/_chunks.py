@@ -44,8 +44,8 @@ TILE_ROWS = 128
 #: If a larger share of a section's rows cannot be sparse, all of them are dense.
 DENSE_SHARE = 0.5
 #: So too if sparse rows have more elements than these, on average over a section: those with few, those with many.
-#: About so many cost what a dense row does.
-SHORT_ON_AVERAGE, LONG_ON_AVERAGE = 256, 128
+#: About so many cost what dense rows do: any at all cost a sum over the weight more.
+SHORT_ON_AVERAGE, LONG_ON_AVERAGE = 256, 64
 #: What an element takes.
 ELEMENT_BYTES = 12
 #: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.

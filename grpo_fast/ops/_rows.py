@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,21 @@ class Rows:
 def may_wait(allow_sync: bool, x: Tensor) -> bool:
     """Whether the host may wait for the GPU: not while a CUDA graph is being captured."""
     return allow_sync and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def begin_to_read(x: Tensor) -> Callable[[], list[int]]:
+    """Begin to copy ``x`` (n,) int64 to the host; what is returned waits for that alone, not for what follows."""
+    if not x.is_cuda:
+        return x.tolist
+    there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    there.copy_(x, non_blocking=True)
+    copied = torch.cuda.current_stream(x.device).record_event()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return there.tolist()
+
+    return read
 
 
 class HiddenRows:

@@ -1,4 +1,4 @@
-"""Gradients of peaked rows of logits as their largest elements, and the products that these enter.
+"""Gradients of peaked rows of logits as few of their elements, and the products that these enter.
 
 A product with a dense row costs 4 V H operations, whatever the row holds; a sparse one reads a row of the weight and
 one of the hidden states for each element. Rows with too many elements stay dense.
@@ -7,13 +7,14 @@ one of the hidden states for each element. Rows with too many elements stay dens
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_fast.ops._chunks import DENSE_SHARE, LONG_ON_AVERAGE, SHORT_ON_AVERAGE, ChunkedHead
 from grpo_fast.ops._row_kernels import LinearKernels
+from grpo_fast.ops._rows import begin_to_read
 
 #: Elements of a short row and of a long one at most. Any dense row costs a sum over the weight, so a few long rows
 #: are better sparse; if there are many, they are dense.
@@ -22,33 +23,25 @@ SHORT, LONG = 512, 16_384
 MOST_WORDS = 262_144
 
 
-class _Found(NamedTuple):
-    """Where the elements of a section lie in the pool."""
-
-    part: slice  # the section's rows
-    starts: Tensor  # (n,) of a row's elements the first,
-    ends: Tensor  # (n,) and what comes after the last; before the first of a dense row
-    lots: tuple[slice, slice]  # all those of short rows, and of long ones
-
-
 class SparseGradient:
     """Takes from a head's sections the rows that are sparse.
 
-    Of each section the host waits for its totals: whether enough of it is sparse. Its elements are collected once the
-    next one's product is under way, so that the GPU does not wait for the host to launch that. Dense rows are set
-    aside until there are many, so that most calls have one product with them, if any.
+    Of each section the host waits for its totals: whether enough of it is sparse, and whether its long rows are.
+    Meanwhile the GPU takes short rows to the hidden states, in vain if it is not, and elements are copied once the
+    next section's product is under way: the GPU is not to wait for the host. Dense rows are set aside until there are
+    many, so that most calls have one product with them, if any.
 
     Args:
         head: What they come from, and what their products go to.
         sum_of_rows: The kernel of a product with sparse rows.
-        tolerance: What of the gradient may be dropped, in the L2 norm.
+        tolerance: The expected error of a section's gradient, in the L2 norm relative to itself.
     """
 
     def __init__(self, head: ChunkedHead, sum_of_rows: Callable[..., Any], tolerance: float) -> None:
         self._head, self._sum_of_rows, self._tolerance = head, sum_of_rows, tolerance
         self._dense = False
         self._taken: list[tuple[Tensor, Tensor]] = []
-        self._found: _Found | None = None
+        self._lots: list[slice] = []  # where in the pool the last section's elements lie
         self._aside: Tensor | None = None  # gradients of dense rows
         self._numbers = torch.empty(0, dtype=torch.int64, device=head.weight.device)  # of those rows
         # The pool, where a section's elements go: their words and rows as one number, to sort by; and their values.
@@ -58,7 +51,8 @@ class SparseGradient:
 
     def backpropagate(self, part: slice, exponentials: Any) -> None:
         """Take a section to hidden states, weight and bias."""
-        self._collect()
+        self._taken += [(keys.clone(), values.clone()) for keys, values in self._last()]
+        self._lots = []
         if self._dense or not self._take(part, exponentials):
             self._dense = True  # and so, very likely, are the next ones
             exponentials.gradient()
@@ -70,7 +64,7 @@ class SparseGradient:
         room = SHORT_ON_AVERAGE * n, LONG_ON_AVERAGE * n
         most_dense = int(DENSE_SHARE * n)
         keys, values = self._keys[: sum(room)], self._values[: sum(room)]
-        starts, ends, totals = exponentials.sparse(
+        found = exponentials.sparse(
             self._tolerance,
             keys,
             values,
@@ -79,33 +73,40 @@ class SparseGradient:
             room=room,
             most_dense=most_dense,
         )
-        in_short, in_long, longs, dense = totals.tolist()
+        starts, ends, needs = found.starts, found.ends, self._head.needs
+        is_long = ends - starts > SHORT
+        totals = begin_to_read(found.totals)
+        if needs.hidden:
+            d_rows = self._times_weight(starts, torch.where(is_long, starts, ends), found.limits)
+            self._head.put_hidden(part, d_rows)  # 0 for the other rows, until they are taken there
+        in_short, in_long, longs, dense = totals()
         if in_long > room[1]:  # there is none for all long rows: they are dense
-            ends = torch.where(ends - starts > SHORT, starts - 1, ends)
-            in_long, dense = 0, dense + longs
+            ends = torch.where(is_long, starts - 1, ends)
+            in_long, longs, dense = 0, 0, dense + longs
         if in_short > room[0] or dense > most_dense:
             return False
-        self._found = _Found(part, starts, ends, (slice(0, in_short), slice(room[0], room[0] + in_long)))
+        if longs > 0 and needs.hidden:
+            which = torch.nonzero_static(is_long, size=longs).squeeze(1)
+            self._head.put_hidden(which + part.start, self._times_weight(starts[which], ends[which]))
+        lots = slice(0, in_short), slice(room[0], room[0] + in_long)
+        self._lots = [lot for lot in lots if lot.stop > lot.start]
         if dense > 0:
             which = torch.nonzero_static(ends < starts, size=dense).squeeze(1)
             exponentials.gradient(which)
             self._set_aside(self._head.gradient(part), which, part.start)
         return True
 
-    def _collect(self) -> None:
-        """Take the last section's elements to the hidden states, and out of the pool for weight and bias."""
-        found, self._found = self._found, None
-        if found is None:
-            return
-        needs = self._head.needs
-        if needs.hidden:
-            weight = self._head.weight
-            d_rows = weight.new_empty(found.starts.numel(), weight.size(1))
-            self._sum_of_rows(d_rows, found.starts, found.ends, _words(self._keys), self._values, weight, None)
-            self._head.put_hidden(found.part, d_rows)  # 0 for dense rows, until these are taken there
-        if needs.weight or needs.bias:
-            lots = [lot for lot in found.lots if lot.stop > lot.start]
-            self._taken += [(self._keys[lot].clone(), self._values[lot].clone()) for lot in lots]
+    def _times_weight(self, starts: Tensor, ends: Tensor, limits: Any = None) -> Tensor:
+        """The gradients (n, H) of the hidden states of rows whose elements lie there."""
+        weight = self._head.weight
+        d_rows = weight.new_empty(starts.numel(), weight.size(1))
+        self._sum_of_rows(d_rows, starts, ends, _words(self._keys), self._values, weight, limits=limits)
+        return d_rows
+
+    def _last(self) -> list[tuple[Tensor, Tensor]]:
+        """The last section's elements for weight and bias, in the pool."""
+        needed = self._head.needs.weight or self._head.needs.bias
+        return [(self._keys[lot], self._values[lot]) for lot in self._lots if needed]
 
     def _set_aside(self, gradient: Tensor, which: Tensor, first_row: int) -> None:
         if self._aside is None:
@@ -119,20 +120,22 @@ class SparseGradient:
         self._numbers = torch.cat([self._numbers, which + first_row])
 
     def _backpropagate_aside(self) -> None:
-        """Take what is set aside, of sections that are collected, to hidden states, weight and bias."""
+        """Take what is set aside to hidden states, weight and bias."""
         if self._aside is not None and self._numbers.numel() > 0:
             self._head.backpropagate_rows(self._aside[: self._numbers.numel()], self._numbers)
         self._numbers = self._numbers[:0]
 
     def finish(self) -> None:
         """Add what was taken to the gradients of weight and bias, in the order of the words, then of the rows."""
-        self._collect()
+        taken = self._taken + self._last()
+        if taken:
+            keys, values = (torch.cat(x) for x in zip(*taken, strict=True))
+        self._taken.clear()
         self._backpropagate_aside()
         del self._keys, self._values, self._aside  # their memory, before the elements are sorted
-        if not self._taken:
+        if not taken:
             return
-        keys, values = (torch.cat(x) for x in zip(*self._taken, strict=True))
-        self._taken.clear()
+        taken.clear()
         keys, order = keys.sort()
         values = values[order]
         if self._head.needs.weight:
