@@ -2,8 +2,8 @@
 
 Prints Markdown: for made-up rows over a range of entropies, or for a model's own samples, how many entries a row
 keeps, how many rows stay dense, and the relative errors (Frobenius) of the gradients of logits, hidden states and
-head. "with mean" gives the dropped probability of a row to the head's mean row. The last line is what bfloat16 costs
-by itself: the gradient of the logits and the results, rounded.
+head; and that of the hidden states if what is small were dropped, rather than drawn. The last line is what bfloat16
+costs by itself: the gradient of the logits and the results, rounded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +22,33 @@ from grpo_fast.reference import sparse_rows_ref
 from .report import markdown_table
 
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
-COLUMNS = ["tolerance", "entries: median", "90 %", "99 %", "dense rows", "dropped mass", "d logits", "d hidden"] + [
-    "with mean",
-    "d weight",
+COLUMNS = ["tolerance", "entries: median", "90 %", "99 %", "dense rows", "d logits", "d hidden", "d weight"] + [
+    "d hidden if dropped"
 ]
-CHUNK = 256
+CHUNK = 512
 
 
-def kept_entries(gradient: Tensor, at_target: Tensor, usual: Tensor, tolerance: float) -> Tensor:
-    """What is kept of ``gradient`` (n, V), with the sampled tokens' elements (n, 1); everything of dense rows."""
-    kept, fits = sparse_rows_ref(gradient, at_target.squeeze(1), usual, tolerance)
-    return kept | ~(fits & (kept.sum(1) <= LONG))[:, None]
+class Kept(NamedTuple):
+    """What is kept of rows of the gradient of the logits; everything of dense ones."""
+
+    found: Tensor  # (n, V), small elements drawn
+    dropped: Tensor  # (n, V), small elements dropped
+    entries: Tensor  # (n,) of a row; all of a dense one's
+    dense: Tensor  # (n,) bool
+
+
+def kept(gradient: Tensor, at_target: Tensor, usual: Tensor, tolerance: float, generator: torch.Generator) -> Kept:
+    """Of ``gradient`` (n, V), with the sampled tokens' elements (n, 1)."""
+    thresholds, fits = sparse_rows_ref(gradient, at_target.squeeze(1), usual, tolerance)
+    t, size = thresholds[:, None], gradient.abs()
+    chance = torch.rand(gradient.shape, generator=generator, dtype=gradient.dtype)
+    drawn = (size < t) & (chance * t < size)
+    count = ((size >= t) | drawn).sum(1)
+    dense = ~(fits & (count <= LONG))
+    large = (size >= t) | dense[:, None]
+    dropped = torch.where(large, gradient, 0.0)
+    found = torch.where(drawn & ~large, gradient.sign() * t, dropped)
+    return Kept(found, dropped, count.where(~dense, gradient.size(1)), dense)
 
 
 def synthetic_rows(
@@ -81,7 +98,6 @@ def sampled_rows(name: str, answers: int = 12, tokens: int = 128) -> tuple[Tenso
 def table(states: Tensor, weight: Tensor, ids: Tensor, plot: Path | None = None) -> str:
     """The errors of every tolerance, in Markdown. Upstream gradients are normal numbers."""
     upstream = torch.randn(len(ids), 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    mean = weight.mean(0)
     at_ids = torch.cat(
         [
             torch.expm1(torch.log_softmax(x @ weight.T, -1).gather(1, y[:, None]))
@@ -89,8 +105,10 @@ def table(states: Tensor, weight: Tensor, ids: Tensor, plot: Path | None = None)
         ]
     )
     usual = (upstream * at_ids).square().mean().sqrt()
-    measured: dict[float | str, list[Tensor]] = {}
-    errors: dict[float | str, Tensor] = {}
+    generator = torch.Generator().manual_seed(2)
+    counts: dict[float, list[Tensor]] = {t: [] for t in TOLERANCES}
+    dense: dict[float, list[Tensor]] = {t: [] for t in TOLERANCES}
+    errors: dict[float | str, Tensor] = {}  # squares, of logits, hidden states, and these with small ones dropped
     d_weight: dict[float | str, Tensor] = {}
     sizes, entropies = torch.zeros(2, dtype=torch.float64), []
     whole = torch.zeros_like(weight)
@@ -99,48 +117,35 @@ def table(states: Tensor, weight: Tensor, ids: Tensor, plot: Path | None = None)
         entropies.append(-(log_p.exp() * log_p).sum(1))
         g = -log_p.exp()
         g.scatter_(1, y[:, None], -torch.expm1(log_p.gather(1, y[:, None])))
-        exact = c * (g @ weight)
-        sizes += torch.stack([(c * g).square().sum(), exact.square().sum()])
-        whole += (c * g).T @ x
+        g *= c
+        exact = g @ weight
+        sizes += torch.stack([g.square().sum(), exact.square().sum()])
+        whole += g.T @ x
         for t in (*TOLERANCES, "bfloat16"):
             if isinstance(t, float):
-                at_target = c * g.gather(1, y[:, None])
-                kept = kept_entries(c * g, at_target, usual, t)
-                missing = torch.where(kept, 0.0, g)
-                found, count = g - missing, kept.sum(1)
-                mass = missing.sum(1, keepdim=True)
-                corrected = c * (found @ weight + mass * mean)
-                measured.setdefault(t, []).append(torch.stack([count.double(), -mass[:, 0]]))
+                rows = kept(g, g.gather(1, y[:, None]), usual, t, generator)
+                found, d_hidden, d_hidden_if_dropped = rows.found, rows.found @ weight, rows.dropped @ weight
+                counts[t].append(rows.entries)
+                dense[t].append(rows.dense)
             else:
-                found = (c * g).bfloat16().double() / c
-            d_hidden = c * (found @ weight)
-            if t == "bfloat16":
-                d_hidden = corrected = d_hidden.bfloat16().double()
-            off = [
-                (c * (found - g)).square().sum(),
-                (d_hidden - exact).square().sum(),
-                (corrected - exact).square().sum(),
-            ]
-            errors[t] = errors.get(t, 0.0) + torch.stack(off)
-            d_weight[t] = d_weight.get(t, torch.zeros_like(weight)) + (c * found).T @ x
+                found = g.bfloat16().double()
+                d_hidden = d_hidden_if_dropped = (found @ weight).bfloat16().double()
+            pairs = (found, g), (d_hidden, exact), (d_hidden_if_dropped, exact)
+            errors[t] = errors.get(t, 0.0) + torch.stack([(a - b).square().sum() for a, b in pairs])
+            d_weight[t] = d_weight.get(t, torch.zeros_like(weight)) + found.T @ x
     lines = []
     for t in (*TOLERANCES, "bfloat16"):
         got = d_weight[t].bfloat16().double() if t == "bfloat16" else d_weight[t]
-        off = (errors[t] / sizes[[0, 1, 1]]).sqrt().tolist() + [((got - whole).norm() / whole.norm()).item()]
-        cells = ["bfloat16", "", "", "", "", ""]
+        off = (errors[t] / sizes[[0, 1, 1]]).sqrt().tolist()
+        off.insert(2, ((got - whole).norm() / whole.norm()).item())
+        cells = ["bfloat16", "", "", "", ""]
         if isinstance(t, float):
-            count, mass = torch.cat(measured[t], 1)
-            dense = count > LONG
-            quantiles = count.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
-            cells = [
-                f"{t:.0e}",
-                *(f"{q:,.0f}" for q in quantiles),
-                f"{dense.double().mean():.1%}",
-                f"{mass.mean():.1e}",
-            ]
+            levels = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
+            quantiles = torch.cat(counts[t]).double().quantile(levels).tolist()
+            cells = [f"{t:.0e}", *(f"{q:,.0f}" for q in quantiles), f"{torch.cat(dense[t]).double().mean():.1%}"]
         lines.append([*cells, *(f"{x:.1e}" for x in off)])
     if plot is not None:
-        draw({t: torch.cat(measured[t], 1)[0] for t in TOLERANCES}, len(weight), plot)
+        draw({t: torch.cat(counts[t]).double() for t in TOLERANCES}, len(weight), plot)
     h = torch.cat(entropies)
     what = f"{len(ids):,} rows, V {len(weight):,}, H {weight.size(1):,}; entropy {h.mean():.2f} nats"
     what += f", median {h.median():.2f}"
