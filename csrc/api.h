@@ -208,7 +208,8 @@ struct SparseLimits {
 // Rows of the gradient as some of their elements: of a row together, in the order of the words; those of short rows,
 // then, after the room for these, of long ones.
 struct SparseRows {
-  int64_t* keys;  // an element's word times 2^32, plus its row, the first row's number being `first_row`
+  int64_t*
+      keys;  // an element's word times 2^32, plus its row, the first row's number being `first_row`; and kRaisedKey
   float* values;
   int64_t* starts;  // (count,) of a row's elements the first,
   int64_t* ends;    // (count,) and what comes after the last; before the first of a dense row, or one without room
@@ -220,14 +221,16 @@ struct SparseRows {
   int sampled;                 // how many rows those are, no more than there are
 };
 
-constexpr int kSparseWords = 262144;  // the most words of a row; MOST_WORDS in Python
-constexpr int kSparsePowers = 16;     // of two, thresholds; SPARSE_POWERS in reference.py
+constexpr int64_t kRaisedKey = INT64_MIN;  // the sign bit: the element was smaller than the threshold
+constexpr int kSparseWords = 262144;       // the most words of a row; MOST_WORDS in Python
+constexpr int kSparsePowers = 16;          // of two, thresholds; SPARSE_POWERS in reference.py
 
 // `usual`: a scalar, how large the sampled tokens' elements are in the root mean square.
 cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
                         const float* usual, float tolerance, const SparseRows& out, cudaStream_t stream);
 
-// What enters the sums: of sum r, the entries e from starts[r] to ends[r], row index[2 e] of a matrix by weights[e].
+// What enters the sums: of sum r, the entries e from starts[r] to ends[r], row index[2 e], whatever its sign bit, of a
+// matrix by weights[e].
 struct Entries {
   const int64_t *starts, *ends;
   const int32_t* index;

@@ -316,7 +316,7 @@ __device__ void write(const Row<kTilt>& row, const Counts& counts, int power, in
     for (int i = 0; i < 8; ++i) {
       if (kept >> i & 1) {
         const int64_t word = (turn * kThreads + thread) * 8 + i;
-        out.keys[at] = word << 32 | number;
+        out.keys[at] = (fabsf(x[i]) < threshold ? kRaisedKey : 0) | word << 32 | number;
         out.values[at++] = copysignf(fmaxf(fabsf(x[i]), threshold), x[i]) * usual;
       }
     }

@@ -26,7 +26,7 @@ __device__ inline void add(const Entries& entries, int64_t first, int64_t last, 
   const int lane = threadIdx.x % 32;
   for (int64_t chunk = first; chunk < last; chunk += 32) {
     const int count = static_cast<int>(min(int64_t(32), last - chunk));
-    const int index = lane < count ? entries.index[2 * (chunk + lane)] : 0;
+    const int index = lane < count ? entries.index[2 * (chunk + lane)] & INT32_MAX : 0;
     const float weight = lane < count ? entries.weights[chunk + lane] : 0.0f;
     for (int e = 0; e < count; e += kAtOnce) {
       uint4 raw[kAtOnce];

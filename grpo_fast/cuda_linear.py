@@ -137,7 +137,8 @@ class Exponentials:
         Args:
             tolerance: The expected error, in the L2 norm relative to the gradient.
             keys, elements: int64 and float32 of one length, to be written: an element's word times 2^32 plus its row,
-                and its value. First those of short rows, then, after the room for these, of long ones.
+                less 2^63 if it was raised to the threshold; and its value. First those of short rows, then, after the
+                room for these, of long ones.
             first_row: The number of the first row.
             most: Elements of a short row, and of a long one.
             room: For elements of short rows, and of long ones.
@@ -298,7 +299,7 @@ def sum_of_rows(
     Args:
         out: bfloat16 or float32, contiguous, to be written.
         starts, ends: (R,) int64.
-        index: (entries,) int32, a view with stride 2.
+        index: (entries,) int32, a view with stride 2; the sign bit does not count.
         weights: (entries,) float32.
         matrix: (any, H) bfloat16, rows at multiples of 16 bytes.
         base: (R, H) float32, contiguous, which may be ``out``; or None for nothing.

@@ -56,6 +56,7 @@ class Sparse(NamedTuple):
     """What was found of rows."""
 
     dense: Tensor  # (n, V) float64, the elements in their places
+    raised: Tensor  # (n, V) bool
     counts: Tensor  # (n,), -1 of a row that cannot be sparse
     totals: list[int]
 
@@ -73,17 +74,20 @@ def sparse_rows(left: Any, tolerance: float, most: tuple[int, int] = (40, V), **
     assert elements[room:].isnan().all()
     counts, sums = (ends - starts).clamp(min=-1), totals.tolist()
     found = torch.zeros(n, V, device="cuda", dtype=torch.float64)
+    raised = torch.zeros(n, V, device="cuda", dtype=torch.bool)
     if all(has <= room for has, room in zip(sums, limits["room"], strict=False)) and sums[3] <= limits["most_dense"]:
         for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
             assert (end - start > most[0]) == (end > start >= limits["room"][0])
-            words, rows = keys[start : max(end, start)] >> 32, keys[start : max(end, start)] & (2**32 - 1)
+            own = keys[start : max(end, start)]
+            words, rows = own >> 32 & (2**31 - 1), own & (2**32 - 1)
             assert (rows == first_row + row).all()
             assert (words.diff() > 0).all()
             found[row, words] = elements[start : max(end, start)].double()
+            raised[row, words] = own < 0
         long = counts > most[0]
         assert sums[0] == int(counts.clamp(min=0).where(~long, 0).sum())
         assert sums[1:] == [int(counts.where(long, 0).sum()), int(long.sum()), int((counts < 0).sum())]
-    return Sparse(found, counts, sums)
+    return Sparse(found, raised, counts, sums)
 
 
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 3e-3])
@@ -157,6 +161,8 @@ def test_what_is_kept(tolerance: float, sure: float, tilted: bool) -> None:
     chance = (truth.abs() / smallest[:, None]).where(~large, 0.0)[fits].clamp(max=1.0)
     off = ((sparse != 0) & ~large)[fits].sum() - chance.sum()
     assert off.abs() <= 4 * (chance * (1 - chance)).sum().sqrt() + 2e-3 * chance.sum()
+    assert found.raised[drawn & fits[:, None]].all()
+    assert not found.raised[large | (sparse == 0)].any()
     # What the elements are, and their order within a row, does not depend on the order of blocks and threads.
     again = sparse_rows(left, tolerance)
     assert torch.equal(again.counts, counts)
@@ -348,6 +354,21 @@ def test_into_a_buffer() -> None:
     strided = torch.ones(H, V, device="cuda").t()
     with pytest.raises(ValueError, match="with a strided weight_grad_out, want None, or a contiguous one"):
         linear_grpo_loss(x, w, index[None], sparse_grad_tol=1e-3, **{**inputs, "weight_grad_out": strided})
+
+
+@on_hopper
+def test_what_is_raised_is_for_the_hidden_states() -> None:
+    """A word that is rare in every row has no gradient by chance."""
+    hidden, weight, index = peaked(300)
+    bias = torch.zeros(V, device="cuda")
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    truth = run(linear_cross_entropy, leaves, labels=index, impl="cuda")[1]
+    found = run(linear_cross_entropy, leaves, labels=index, impl="cuda", sparse_grad_tol=1e-2)[1]
+    assert (found[0].double() - truth[0].double()).norm() <= 1.2e-2 * truth[0].double().norm()
+    kept = found[2] != 0
+    assert torch.equal(kept, (found[1] != 0).any(1))
+    assert 0 < kept.sum() < 0.9 * V
+    assert truth[2][~kept].abs().max() < 0.1 * truth[2].abs().max()
 
 
 @on_hopper

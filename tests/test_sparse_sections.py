@@ -18,6 +18,8 @@ from grpo_fast.ops._sparse import SparseGradient
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 V, H = 61, 8
+#: Smaller elements of a sparse row are taken to be raised ones.
+THRESHOLD = 0.5
 #: Elements of a row that is zero, short, long, and dense.
 ZERO, FEW, MANY, ALL = 0, 3, 8, V
 
@@ -37,10 +39,12 @@ class StandIn:
     memory: Tensor
     order: torch.Generator
     searches: list[int]  # first rows of the sections that were searched
+    is_dense: Tensor  # (n,) bool, where the whole gradient was asked for
 
     def gradient(self, which: Tensor | None = None) -> None:
         rows = slice(None) if which is None else which
         self.memory[rows] = self.truth[rows]
+        self.is_dense[rows] = True
 
     def sparse(
         self,
@@ -74,8 +78,10 @@ class StandIn:
                 totals[2] += is_long
             if kept <= most[1] and totals[is_long] <= room[is_long]:
                 starts[row], ends[row] = start, start + kept
-                keys[start : start + kept] = words << 32 | (first_row + row)
-                elements[start : start + kept] = self.truth[row, words].float()
+                values = self.truth[row, words].float()
+                raised = values.abs() < THRESHOLD
+                keys[start : start + kept] = (words << 32 | (first_row + row)) + (-(2**63)) * raised
+                elements[start : start + kept] = values
             in_short, in_long, longs, dense = totals
             passed = in_short > room[0] or dense + (longs if in_long > room[1] else 0) > most_dense
         return Found(starts, ends, torch.tensor(totals), passed)
@@ -98,7 +104,7 @@ def sum_of_rows(
     total = torch.zeros(out.shape) if base is None else base.float().clone()
     for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         if start < end:
-            total[row] += weights[start:end] @ matrix[index[start:end].long()].float()
+            total[row] += weights[start:end] @ matrix[(index[start:end] & 2**31 - 1).long()].float()
     out.copy_(total)
 
 
@@ -176,11 +182,11 @@ def test_products(
         sparse=True,
     )
     sparse = SparseGradient(head, sum_of_rows, 1e-3)
-    order, searches = torch.Generator().manual_seed(3), []
+    order, searches, is_dense = torch.Generator().manual_seed(3), [], torch.zeros(live, dtype=torch.bool)
     for part, has_gradient in head.chunks():
         if has_gradient:
             memory = head.gradient(part).fill_(math.nan)
-            sparse.backpropagate(part, StandIn(truth[part], memory, order, searches))
+            sparse.backpropagate(part, StandIn(truth[part], memory, order, searches, is_dense[part]))
     assert searches == SEARCHES.get(kind, [0, 16, 32, 48] if live > 1 else [0] * live)
     assert needs[1] or needs[2] or not sparse._taken, "what needs no gradient costs nothing"
     sparse.finish()
@@ -191,6 +197,9 @@ def test_products(
         at = torch.arange(live) if index is None else index[:live]
         wanted[at] = truth.float() @ weight.float()
         torch.testing.assert_close(d_hidden[0].float(), wanted, rtol=2**-8, atol=1e-5)
+    whole = is_dense[:, None] | (truth.abs() >= THRESHOLD)
+    assert kind in ("all dense", "one dense row", "nothing", "none") or not whole.all()
+    truth = truth.where(whole, 0.0)
     if needs[1]:
         wanted = truth.float().t() @ x[:live].float()
         if buffer is not None:

@@ -126,7 +126,11 @@ class SparseGradient:
         self._numbers = self._numbers[:0]
 
     def finish(self) -> None:
-        """Add what was taken to the gradients of weight and bias, in the order of the words, then of the rows."""
+        """Add what was taken to the gradients of weight and bias, in the order of the words, then of the rows.
+
+        But for what was raised: an optimizer that divides by a root mean square makes as much of what reaches a rare
+        word's row now and then, by chance, as of a gradient.
+        """
         taken = self._taken + self._last()
         if taken:
             keys, values = (torch.cat(x) for x in zip(*taken, strict=True))
@@ -141,11 +145,11 @@ class SparseGradient:
         if self._head.needs.weight:
             total, d_weight = self._head.weight_total()
             words = torch.arange(0, (d_weight.size(0) << 32) + 1, 1 << 32, device=keys.device)
-            bounds = torch.searchsorted(keys, words)
+            bounds = torch.searchsorted(keys, words)  # what was raised is negative, ahead of the first word
             states = self._head.all_states()
             self._sum_of_rows(d_weight, bounds[:-1], bounds[1:], _rows(keys), values, states, total)
         if self._head.needs.bias:
-            self._head.add_to_bias(_words(keys).long(), values)
+            self._head.add_to_bias(_words(keys).clamp(min=0).long(), values.where(keys >= 0, 0.0))
 
 
 def _rows(keys: Tensor) -> Tensor:
