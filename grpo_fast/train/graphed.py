@@ -5,6 +5,7 @@ A step of a small model is hundreds of kernels of a few microseconds each, which
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -155,7 +156,7 @@ class GraphedDecoder:
         self._mask.fill_(True)
         self.alive.fill_(True)
         self._cache.end = min(self.width + steps, self._mask.size(-1))
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side, graph = _side_stream(self.ids.device), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._slot.fill_(self.width)
@@ -164,6 +165,12 @@ class GraphedDecoder:
         with torch.cuda.graph(graph, pool=self._pool):
             self._step(policy)
         return graph
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for every warm-up: cuBLAS keeps a workspace for each stream that it sees, 32 MiB on Hopper."""
+    return torch.cuda.Stream(device)
 
 
 _DECODERS: weakref.WeakKeyDictionary[Any, OrderedDict[Any, GraphedDecoder]] = weakref.WeakKeyDictionary()
