@@ -1,9 +1,9 @@
 """What ``sparse_grad_tol`` leaves out, in float64: ``python -m grpo_fast.benchmarks.sparse_errors [--model NAME]``.
 
 Prints Markdown: for made-up rows over a range of entropies, or for a model's own samples, how many entries a row
-keeps, how many rows stay dense, and the relative errors (Frobenius) of the gradients of logits, hidden states and
-head; and that of the hidden states if what is small were dropped, rather than drawn. The last line is what bfloat16
-costs by itself: the gradient of the logits and the results, rounded.
+keeps, how many rows stay dense, and the relative errors (Frobenius) of the gradients of hidden states, to which small
+elements go by chance, and head, to which they do not go; and those errors the other way round. The last line is what
+bfloat16 costs by itself: the gradient of the logits and the results, rounded.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from grpo_fast.reference import sparse_rows_ref
 from .report import markdown_table
 
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
-COLUMNS = ["tolerance", "entries: median", "90 %", "99 %", "dense rows", "d logits", "d hidden", "d weight"] + [
-    "d hidden if dropped"
+COLUMNS = ["tolerance", "entries: median", "90 %", "99 %", "dense rows", "d hidden", "d weight"] + [
+    "d hidden if left out",
+    "d weight if drawn",
 ]
 CHUNK = 512
 
@@ -108,9 +109,9 @@ def table(states: Tensor, weight: Tensor, ids: Tensor, plot: Path | None = None)
     generator = torch.Generator().manual_seed(2)
     counts: dict[float, list[Tensor]] = {t: [] for t in TOLERANCES}
     dense: dict[float, list[Tensor]] = {t: [] for t in TOLERANCES}
-    errors: dict[float | str, Tensor] = {}  # squares, of logits, hidden states, and these with small ones dropped
-    d_weight: dict[float | str, Tensor] = {}
-    sizes, entropies = torch.zeros(2, dtype=torch.float64), []
+    off: dict[float | str, Tensor] = {}  # squares, of the hidden states' gradients
+    d_weight: dict[float | str, Tensor] = {}  # with small elements left out, and drawn
+    size, entropies = 0.0, []
     whole = torch.zeros_like(weight)
     for x, y, c in zip(states.split(CHUNK), ids.split(CHUNK), upstream.split(CHUNK), strict=True):
         log_p = torch.log_softmax(x @ weight.T, -1)
@@ -119,31 +120,33 @@ def table(states: Tensor, weight: Tensor, ids: Tensor, plot: Path | None = None)
         g.scatter_(1, y[:, None], -torch.expm1(log_p.gather(1, y[:, None])))
         g *= c
         exact = g @ weight
-        sizes += torch.stack([g.square().sum(), exact.square().sum()])
+        size += exact.square().sum().item()
         whole += g.T @ x
         for t in (*TOLERANCES, "bfloat16"):
             if isinstance(t, float):
                 rows = kept(g, g.gather(1, y[:, None]), usual, t, generator)
-                found, d_hidden, d_hidden_if_dropped = rows.found, rows.found @ weight, rows.dropped @ weight
+                d_hidden = torch.stack([rows.found @ weight, rows.dropped @ weight])
+                more = torch.stack([rows.dropped.T @ x, rows.found.T @ x])
                 counts[t].append(rows.entries)
                 dense[t].append(rows.dense)
             else:
                 found = g.bfloat16().double()
-                d_hidden = d_hidden_if_dropped = (found @ weight).bfloat16().double()
-            pairs = (found, g), (d_hidden, exact), (d_hidden_if_dropped, exact)
-            errors[t] = errors.get(t, 0.0) + torch.stack([(a - b).square().sum() for a, b in pairs])
-            d_weight[t] = d_weight.get(t, torch.zeros_like(weight)) + found.T @ x
+                d_hidden = (found @ weight).bfloat16().double()[None]
+                more = (found.T @ x)[None]
+            off[t] = off.get(t, 0.0) + (d_hidden - exact).square().sum((1, 2))
+            d_weight[t] = d_weight.get(t, 0.0) + more
     lines = []
     for t in (*TOLERANCES, "bfloat16"):
         got = d_weight[t].bfloat16().double() if t == "bfloat16" else d_weight[t]
-        off = (errors[t] / sizes[[0, 1, 1]]).sqrt().tolist()
-        off.insert(2, ((got - whole).norm() / whole.norm()).item())
+        of_hidden = (off[t] / size).sqrt().tolist()
+        of_weight = ((got - whole).square().sum((1, 2)).sqrt() / whole.norm()).tolist()
         cells = ["bfloat16", "", "", "", ""]
         if isinstance(t, float):
             levels = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
             quantiles = torch.cat(counts[t]).double().quantile(levels).tolist()
             cells = [f"{t:.0e}", *(f"{q:,.0f}" for q in quantiles), f"{torch.cat(dense[t]).double().mean():.1%}"]
-        lines.append([*cells, *(f"{x:.1e}" for x in off)])
+        pairs = [e for pair in zip(of_hidden, of_weight, strict=True) for e in pair]
+        lines.append([*cells, *(f"{x:.1e}" for x in pairs), *[""] * (4 - len(pairs))])
     if plot is not None:
         draw({t: torch.cat(counts[t]).double() for t in TOLERANCES}, len(weight), plot)
     h = torch.cat(entropies)
