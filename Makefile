@@ -1,5 +1,5 @@
-# make demo   a fresh virtual environment, then a small model learns to reason by GRPO (CPU, a few minutes)
-# make test   a fresh virtual environment, then every check: ruff, mypy, clang-format, pytest
+# make demo   a virtual environment of its own, then a small model learns to reason by GRPO (CPU, a few minutes)
+# make test   the same environment, then every check: ruff, mypy, clang-format, pytest
 
 PYTHON ?= python3
 VENV   ?= .venv

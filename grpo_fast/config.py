@@ -18,7 +18,8 @@ CLIPPED_LOSSES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOLossConfig:
-    """Options of the GRPO loss. Names and defaults are those of TRL's ``GRPOConfig`` where it has them.
+    """Options of the GRPO loss. Names and defaults are those of TRL's ``GRPOConfig`` where it has them, but for
+    ``epsilon_low``, which is ``epsilon`` there, and ``max_completion_length``, which has no default here.
 
     Attributes:
         loss_type: The per-token term and its reduction; ``reference.py`` is the definition of each.
