@@ -24,8 +24,8 @@ grpo-fast bench --show {files} --report {page}
 
 and can be measured anew by the command above each section. Times are medians in milliseconds, on a GPU each with a
 cold L2 cache; "x ceiling" is the time beside that of the least that anyone has to do, which took turns with it; "MiB"
-is the peak of memory beyond inputs. How the kernels work, where their time goes and what was tried is in
-[kernels.md](kernels.md).
+is the peak of memory beyond inputs; a result marked "wrong" is too far from that of float64 to be compared. How the
+kernels work, where their time goes and what was tried is in [kernels.md](kernels.md).
 """
 
 
@@ -86,16 +86,23 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
 
 
+def _time(record: Record) -> str:
+    """The cell of a record where it has only one."""
+    return row(record, header([record]))[1] + (" (wrong)" if "wrong" in record else "")
+
+
 def overview(benchmark: Benchmark, records: Sequence[Record]) -> str:
     """Milliseconds of everyone by case, a table a task."""
     tables = []
     for task in dict.fromkeys(r["task"] for r in records):
         own = [r for r in records if r["task"] == task]
         found = [r for r in own if {"ms", "tokens"} & r.keys()]
-        providers = list(dict.fromkeys(r["provider"] for r in found))
+        providers = list(dict.fromkeys(r["provider"] for r in found or own))
         rows = []
         for case, _, members in groups(own):
-            times = {r["provider"]: row(r, header([r]))[1] for r in members if r in found}
+            times = {r["provider"]: _time(r) for r in members if r in found}
+            if not times:  # nobody could run it: the first says why
+                times = {providers[0]: _time(members[0])}
             ceilings = [r["ceiling_ms"] for r in members if "ceiling_ms" in r]
             middle = f"{sorted(ceilings)[len(ceilings) // 2]:.3g}" if ceilings else ""
             rows.append([benchmark.title(case), *(times.get(name, "") for name in providers), middle])

@@ -149,8 +149,8 @@ DISTILLATION_ERRORS = [
     ({"beta": 1.5}, "beta: got 1.5, want between 0"),
     ({"beta": "jsd"}, "beta: got 'jsd', want a number"),
     ({"reduction": "batchmean"}, "reduction: got 'batchmean'"),
-    ({"teacher_logit_scale": 0.0}, "logit_scale: got 0.0"),
-    ({"student_softcap": -2.0}, "softcap: got -2.0"),
+    ({"teacher_logit_scale": 0.0}, "^teacher_logit_scale: got 0.0"),
+    ({"student_softcap": -2.0}, "^student_softcap: got -2.0"),
     ({"workspace_bytes": 0}, "workspace_bytes: got 0, want at least 1"),
     *LOGITS_OPTIONS,
 ]

@@ -100,6 +100,16 @@ def test_a_wrong_result_is_noticed(result: float) -> None:
     (move,) = compare([right], [wrong])
     assert (move.what, move.worse) == ("result", True)
     assert report.row(wrong, report.header([wrong]))[0] == "somebody (wrong result)"
+    assert " (wrong) |" in report.overview(command.known()["advantages"], [right, wrong | {"provider": "a peer"}])
+
+
+@by_the_clock
+def test_a_case_that_nobody_could_run_says_why() -> None:
+    benchmark, record = command.known()["advantages"], measured()
+    missing = {key: record[key] for key in ("task", "provider", "ours", "ceiling")}
+    missing |= {"case": record["case"] | {"groups": 0}, "skipped": "not installed: torch"}
+    for records in ([record, missing], [missing]):
+        assert "| not installed: torch |" in report.overview(benchmark, records)
 
 
 @by_the_clock

@@ -80,12 +80,12 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value}, want a finite number > 0")
 
 
-def check_logits_options(temperature: object, logit_scale: object, softcap: object) -> None:
-    """Check what every op over logits takes."""
+def check_logits_options(temperature: object, logit_scale: object, softcap: object, of: str = "") -> None:
+    """Check what every op over logits takes; ``of`` prefixes the names of what each model has of its own."""
     check_positive("temperature", temperature)
-    check_positive("logit_scale", logit_scale)
+    check_positive(f"{of}logit_scale", logit_scale)
     if softcap is not None:
-        check_positive("softcap", softcap)
+        check_positive(f"{of}softcap", softcap)
 
 
 def check_vocabulary(size: int, group: str | None = None) -> None:

@@ -82,8 +82,8 @@ def linear_distillation_loss(
         raise ValueError(f"beta: got {beta}, want between 0 (forward KL) and 1 (reverse KL)")
     check_choice("reduction", reduction, get_args(Reduction))
     check_num_items(shapes, num_items_in_batch, reduction)
-    check_logits_options(temperature, student_logit_scale, student_softcap)
-    check_logits_options(temperature, teacher_logit_scale, teacher_softcap)
+    check_logits_options(temperature, student_logit_scale, student_softcap, of="student_")
+    check_logits_options(temperature, teacher_logit_scale, teacher_softcap, of="teacher_")
     workspace = check_workspace(workspace_bytes)
     precision = most_precise(
         most_precise(student_hidden, student_weight), most_precise(teacher_hidden, teacher_weight)

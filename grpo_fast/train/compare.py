@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,7 @@ from grpo_fast.train.curves import Line, Panel, overlay, png, points
 from grpo_fast.train.files import write_file, write_json
 from grpo_fast.train.recorder import METRICS_FILE, SUMMARY_FILE, read_metrics
 from grpo_fast.train.report import PANELS
-from grpo_fast.train.settings import load_settings, to_json
+from grpo_fast.train.settings import load_settings
 from grpo_fast.train.trainer import SETTINGS_FILE
 
 PICTURE_FILE, RESULTS_FILE = "compare.png", "compare.json"
@@ -39,7 +40,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     for folder in folders:
         if not (folder / SUMMARY_FILE).is_file():
             raise ValueError(f"run: {folder} holds no finished run")
-        settings.append(to_json(load_settings({}, folder / SETTINGS_FILE)))  # with defaults for what is new
+        settings.append(asdict(load_settings({}, folder / SETTINGS_FILE)))  # with defaults for what is new
         summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         del summary["settings"], summary["before"]["examples"], summary["after"]["examples"]
         rows.append(read_metrics(folder / METRICS_FILE))

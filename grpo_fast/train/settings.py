@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +202,6 @@ def load_settings(overrides: Mapping[str, Any], file: Path | None = None) -> Set
             raise ValueError(f"{key}: no such setting, want one of {', '.join(sorted(known))}")
     given = {**given, **overrides}
     return Settings(**{**PRESETS.get(str(given.get("model")), {}), **given})
-
-
-def to_json(settings: Settings) -> dict[str, Any]:
-    """The settings as plain JSON values."""
-    return asdict(settings)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from grpo_fast.train.recorder import SUMMARY_FILE, Recorder, batch_metrics, devi
 from grpo_fast.train.rewards import accuracy_reward, columns, combine, reward_functions
 from grpo_fast.train.rollout import Rollout, sample
 from grpo_fast.train.rollout_vllm import VLLMSampler, connect
-from grpo_fast.train.settings import Settings, to_json
+from grpo_fast.train.settings import Settings
 from grpo_fast.train.supervised import supervised_loss, worked
 from grpo_fast.train.tasks import Problem, Split
 from grpo_fast.train.update import (
@@ -129,7 +129,7 @@ class Run:
         ranks.wait()
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / SETTINGS_FILE, to_json(settings))
+            write_json(folder / SETTINGS_FILE, asdict(settings))
             self.recorder = Recorder(folder, last_step=self.done if self.phase == GRPO else -1)
 
     def _policy(self, model: str) -> Policy:
@@ -203,7 +203,7 @@ class Run:
         summary = {
             "before": self.before,
             "after": after,
-            "settings": to_json(self.settings),
+            "settings": asdict(self.settings),
             "versions": versions(),
             "date": datetime.date.today().isoformat(),
             "device": device_name(self.policy.device),
