@@ -55,7 +55,7 @@ class Settings:
     rollout: str = _setting("model", "what samples in training: the 'model' itself, or 'vllm', a server")
     vllm_server: str = _setting("", "address of that server, such as http://localhost:8000")
     vllm_importance_sampling_clip_max: float = _setting(
-        3.0, "most that a token counts for being likelier to the model than to the server"
+        3.0, "upper bound of a token's weight: its probability by the model over that by the server"
     )
     minibatches: int = _setting(4, "updates a batch is dealt out to; from the second on the ratio is not 1")
     num_iterations: int = _setting(1, "times each batch is gone through")
@@ -71,17 +71,21 @@ class Settings:
     epsilon_high: float = _setting(0.2, "upper clip: ratios above 1 + epsilon_high")
     beta: float = _setting(0.01, "weight of the KL to the model that GRPO started from; 0 for no reference model")
     kl_estimator: str = _setting("k3", "k1, k2 or k3")
-    scale_rewards: str = _setting("group", "divide rewards by the std of the 'group', the 'batch', or 'none'")
+    scale_rewards: str = _setting(
+        "group", "divide rewards by the std of their 'group', of the 'batch', or by nothing ('none')"
+    )
     lm_head_dtype: str = _setting(
-        "float32", "'float32' or 'bfloat16': what hidden states and head are taken in where logits are made of them"
+        "float32", "'float32' or 'bfloat16': the precision of hidden states and head where logits are made of them"
     )
     sparse_grad_tol: float = _setting(
-        0.0, "what the gradient of GRPO's logits may lose, 1e-4 to 0.1 (docs/sparse.md), on Hopper; 0 for nothing"
+        0.0, "error that the gradient of GRPO's logits may have, 1e-4 to 0.1 (docs/sparse.md), on Hopper; 0 for none"
     )
 
     format_weight: float = _setting(0.1, "reward for <think>...</think><answer>...</answer>; a right answer is 1")
     language_weight: float = _setting(0.0, "reward for the share of the thought's words that are of the language")
-    language: str = _setting("trace", "that of the thought: 'trace', the task's own, or a script, such as 'latin'")
+    language: str = _setting(
+        "trace", "which language: 'trace' for that of the task's worked traces, or a script, such as 'latin'"
+    )
     overlong_buffer: int = _setting(0, "soft overlong penalty over the last so many tokens; 0 for none")
     repetition_weight: float = _setting(0.0, "penalty for repeated 4-grams of tokens, at most this; 0 for none")
     reward: str = _setting("", "a reward function of your own, 'module:function', added with weight 1")
