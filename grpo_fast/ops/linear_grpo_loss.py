@@ -94,13 +94,12 @@ def linear_grpo_loss(
             ``weight_grad_out`` is given. The ``"torch"`` implementation has chunks of its own.
         allow_sync: The host waits for the GPU to learn how many tokens count. If it may not, or while a CUDA graph is
             captured, every token is projected; the result is the same.
-        sparse_grad_tol: The error that the gradient of the logits may have in the L2 norm, relative to itself: from
-            1e-4 to 0.1, or None for none. Elements as large as a threshold are kept. Of smaller ones some are drawn
-            for the hidden states, in proportion to their size, and raised to it, so that on average nothing is lost;
-            ``weight`` and ``bias`` go without, so that nothing random comes to rows of rare words. Either error is
-            expected to be within the tolerance, that of no row to be far above. Rows that then have few elements
-            enter sparse products, whose cost is that of the elements; the others, and all if most are like them, the
-            usual ones. What is drawn follows from the inputs. Loss, log-probs and metrics are exact all the same.
+        sparse_grad_tol: The expected error of the gradient of the logits, relative to itself in the L2 norm: 1e-4 to
+            0.1, or None for none. Elements of at least a threshold are kept. Smaller ones reach ``hidden`` by chance:
+            raised to the threshold with a probability of their size by it, else dropped, so that on average nothing
+            is lost; ``weight`` and ``bias`` go without, so that nothing random comes to rows of rare words. Rows with
+            few elements enter sparse products, whose cost is that of the elements; the others, and all if most are
+            like them, the usual ones. The same inputs give the same gradients; loss, log-probs and metrics are exact.
             Beside the workspace, the elements take some 50 bytes each, and the weight's gradient (V, H) in float32 if
             any row is of the others. On Hopper, in bfloat16, with ``allow_sync``, without a softcap or
             ``process_group``, for H a multiple of 8 and up to 262,144 words. See docs/sparse.md.
