@@ -177,6 +177,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = (".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
     tree = tmp_path_factory.mktemp("tree") / "grpo_fast"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*ignored))
+    shutil.copy(ROOT / ".clang-format", tree)
     done = run_backend("build_sdist", tree)
     assert done.returncode == 0, done.stderr
     (archive,) = (tree / "dist").glob("*.tar.gz")
@@ -203,10 +204,11 @@ def wheel_names(tree: Path, wheel: str) -> set[str]:
 
 
 def test_the_sdist_is_complete(sdist: Path) -> None:
-    suffixes = {".py", ".cu", ".cuh", ".cpp", ".h", ".md", ".png", ".json", ".typed"}
-    folders = ("grpo_fast", "kernels", "csrc", "tests", "benchmarks", "docs")
+    suffixes = {".py", ".cu", ".cuh", ".cpp", ".h", ".md", ".png", ".svg", ".json", ".txt", ".toml", ".typed"}
+    folders = ("grpo_fast", "kernels", "csrc", "tests", "benchmarks", "docs", "examples")
     files = (file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in suffixes)
     wanted = {"LICENSE", "Makefile", "README.md", "CONTRIBUTING.md", "MANIFEST.in", "pyproject.toml", "setup.py"}
+    wanted.add(".clang-format")  # make test asks for it
     wanted |= {str(file.relative_to(ROOT)) for file in files}
     held = {str(file.relative_to(sdist)) for file in sdist.rglob("*") if file.is_file()}
     assert wanted <= held, wanted - held
