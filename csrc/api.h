@@ -208,13 +208,11 @@ struct SparseLimits {
 // Rows of the gradient as some of their elements: of a row together, in the order of the words; those of short rows,
 // then, after the room for these, of long ones.
 struct SparseRows {
-  int64_t*
-      keys;  // an element's word times 2^32, plus its row, the first row's number being `first_row`; and kRaisedKey
+  int64_t* keys;  // an element's word times 2^32, plus its row, the first being `first_row`; and kRaisedKey
   float* values;
-  int64_t* starts;  // (count,) of a row's elements the first,
-  int64_t* ends;    // (count,) and what comes after the last; before the first of a dense row, or one without room
-  SparseLimits
-      limits;  // totals are 0 before; if they are passed, the search has ended early, and nothing else is of use
+  int64_t* starts;      // (count,) of a row's elements the first,
+  int64_t* ends;        // (count,) and what comes after the last; before the first of a dense row, or one without room
+  SparseLimits limits;  // totals are 0 before; if these are passed, the search has ended early: nothing else is of use
   int first_row;
   int short_most, long_most;   // most elements of a row
   unsigned long long* sample;  // (kSparsePowers + 1,), 0 before: what is small in some of the rows, by its power of two

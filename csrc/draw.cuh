@@ -19,37 +19,24 @@ constexpr float kUnit = 4294967296.0f;  // of lengths, in 1
 constexpr float kLeast = 1.0f / (1 << kLevels);
 
 // Bits that look random, by an invertible function (multiplications and shifts).
-__host__ __device__ inline uint32_t mix(uint32_t x) {
+__device__ inline uint32_t mix(uint32_t x) {
   x = (x ^ x >> 16) * 0x7feb352du;
   x = (x ^ x >> 15) * 0x846ca68bu;
   return x ^ x >> 16;
 }
 
-__host__ __device__ inline uint32_t origin_of(uint32_t seed, int vector) {
+__device__ inline uint32_t origin_of(uint32_t seed, int vector) {
   return mix(seed + static_cast<uint32_t>(vector) * 0x9e3779b9u);
 }
 
 // An element's length in units; what is longer than half is as good as half.
-__host__ __device__ inline uint32_t length_of(float relative) {
-  const float length = fminf(fabsf(relative), 0.5f) * kUnit;
-#ifdef __CUDA_ARCH__
-  return __float2uint_rn(length);
-#else
-  return static_cast<uint32_t>(nearbyint(static_cast<double>(length)));
-#endif
-}
+__device__ inline uint32_t length_of(float relative) { return __float2uint_rn(fminf(fabsf(relative), 0.5f) * kUnit); }
 
 // Of what lies between these: kLevels or more if no threshold draws it.
-__host__ __device__ inline int level_of(uint32_t begin, uint32_t end) {
-#ifdef __CUDA_ARCH__
-  return __clz(static_cast<int>(begin ^ end));
-#else
-  return begin == end ? 32 : __builtin_clz(begin ^ end);
-#endif
-}
+__device__ inline int level_of(uint32_t begin, uint32_t end) { return __clz(static_cast<int>(begin ^ end)); }
 
 // Whether elements that add up to this may have one that is drawn; it may say so of a few too many.
-__host__ __device__ inline bool may_be_drawn(uint32_t origin, float sum) {
+__device__ inline bool may_be_drawn(uint32_t origin, float sum) {
   constexpr uint32_t kStep = 1u << (32 - kLevels);
   return sum * kUnit + 8.0f >= static_cast<float>(kStep - origin % kStep);
 }

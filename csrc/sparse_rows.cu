@@ -59,7 +59,7 @@ struct Row {
         up(all.bases[n] - slopes.shift),
         factor(exp2f(up)),
         scale(1.0f / usual),
-        by(factor * slopes.flat * scale),
+        by(factor * (slopes.flat * scale)),  // factor and slope alone can leave float32's range
         id(integer(head.ids, n)),
         exponentials(reinterpret_cast<const uint4*>(all.values + n * all.stride)),
         seed(seed_of(number, slopes.at_target, up)),

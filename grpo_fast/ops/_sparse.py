@@ -149,7 +149,8 @@ class SparseGradient:
             states = self._head.all_states()
             self._sum_of_rows(d_weight, bounds[:-1], bounds[1:], _rows(keys), values, states, total)
         if self._head.needs.bias:
-            self._head.add_to_bias(_words(keys).clamp(min=0).long(), values.where(keys >= 0, 0.0))
+            words = _words(keys) & (2**31 - 1)  # each its own: if all were one, a warp would have to add them up
+            self._head.add_to_bias(words.long(), values.where(keys >= 0, 0.0))
 
 
 def _rows(keys: Tensor) -> Tensor:
