@@ -171,12 +171,13 @@ def test_what_is_kept(tolerance: float, sure: float, tilted: bool) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("flat", [0, 20], ids=["", "a few flat rows"])
-def test_the_error_of_many_rows(flat: int) -> None:
+@pytest.mark.parametrize(("flat", "half"), [(0, False), (20, False), (0, True)], ids=["", "a few flat rows", "half"])
+def test_the_error_of_many_rows(flat: int, half: bool) -> None:
     """The threshold follows from a part of the rows, which may have none or many of those with the largest errors."""
     count, tolerance = 3_000, 1e-2
     hidden, weight, index = peaked(count, sure=14.0)
     hidden[:flat] *= 0.05
+    hidden[count // 2 :] *= 0.4 if half else 1.0
     d_logps = rand(count, seed=5)
     d_logps[flat : 5 * flat] *= 20.0
     left, truth = left_by(hidden, weight, index, d_logps)
@@ -186,6 +187,33 @@ def test_the_error_of_many_rows(flat: int) -> None:
     assert 0.4 * tolerance <= error <= 1.15 * tolerance
     again = sparse_rows(left, tolerance)
     assert torch.equal(again.dense, found.dense)
+
+
+@on_hopper
+@pytest.mark.parametrize(("tolerance", "smaller"), [(1e-2, [0, 1, 2, 3]), (6e-3, [2, 3])])
+def test_flat_rows_among_peaked_ones(tolerance: float, smaller: list[int]) -> None:
+    """They have smaller thresholds, but those of large rows are not as much smaller."""
+    hidden, weight, index = peaked(300, sure=24.0)
+    hidden[:4] *= 0.05
+    d_logps = rand(300, seed=5)
+    d_logps[:2], d_logps[2:4] = 5.0, 1.0
+    left, truth = left_by(hidden, weight, index, d_logps)
+    at_target = truth.gather(1, index[:, None]).squeeze(1)
+    thresholds, _ = sparse_rows_ref(truth, at_target, at_target.square().mean().sqrt(), tolerance)
+    assert (thresholds[:4] < thresholds.max()).nonzero().squeeze(1).tolist() == smaller
+    found = sparse_rows(left, tolerance)
+    raised = found.dense.abs().where(found.raised, 0.0)[:4].amax(1)
+    assert ((raised / thresholds[:4] - 1).abs() < 1e-2).all()
+
+
+@on_hopper
+@pytest.mark.parametrize(("sure", "fits"), [(20.0, False), (22.0, True)])
+def test_what_is_below_all_thresholds(sure: float, fits: bool) -> None:
+    """It adds up: too much of it, and no row is sparse."""
+    hidden, weight, index = peaked(300, sure)
+    left, _ = left_by(hidden, weight, index, rand(300, seed=5))
+    is_sparse = sparse_rows(left, 1e-4).counts >= 0
+    assert is_sparse.float().mean() > 0.9 if fits else not is_sparse.any()
 
 
 @on_hopper
