@@ -411,7 +411,7 @@ def test_into_a_buffer() -> None:
 
 @on_hopper
 def test_what_is_raised_is_for_the_hidden_states() -> None:
-    """A word that is rare in every row has no gradient by chance."""
+    """A word that is rare in every row has none."""
     hidden, weight, index = peaked(300, sure=14.0)  # no row is dense: all words would have a gradient
     bias = torch.zeros(V, device="cuda")
     leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]

@@ -97,9 +97,9 @@ def linear_grpo_loss(
         sparse_grad_tol: The expected error of the gradient of the logits, relative to itself in the L2 norm: 1e-4 to
             0.1, or None for none. Elements of at least a threshold are kept. Smaller ones reach ``hidden`` by chance:
             raised to the threshold with a probability of their size by it, else dropped, so that on average nothing
-            is lost; ``weight`` and ``bias`` go without, so that nothing random comes to rows of rare words. Rows with
-            few elements enter sparse products, whose cost is that of the elements; the others, and all if most are
-            like them, the usual ones. The same inputs give the same gradients; loss, log-probs and metrics are exact.
+            is lost; ``weight`` and ``bias`` go without, which is less of an error there. Rows with few elements enter
+            sparse products, whose cost is that of the elements; the others, and all if most are like them, the usual
+            ones. The same inputs give the same gradients; loss, log-probs and metrics are exact.
             Beside the workspace, the elements take some 50 bytes each, and the weight's gradient (V, H) in float32 if
             any row is of the others. On Hopper, in bfloat16, with ``allow_sync``, without a softcap or
             ``process_group``, for H a multiple of 8 and up to 262,144 words. See docs/sparse.md.
