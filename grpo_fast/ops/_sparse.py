@@ -128,8 +128,8 @@ class SparseGradient:
     def finish(self) -> None:
         """Add what was taken to the gradients of weight and bias, in the order of the words, then of the rows.
 
-        But for what was raised: without a common direction, as they have in the hidden states' gradient, small elements
-        are less of an error if they are left out.
+        But for what was raised: small elements have no common direction here, as they have in the hidden states'
+        gradient, and are less of an error if they are left out.
         """
         taken = self._taken + self._last()
         if taken:
