@@ -104,7 +104,7 @@ def run(options: dict[str, Any], command: str) -> None:
     if DEVICE == "cpu":
         print("No NVIDIA GPU: timing the reference path and the training loop on the CPU.\n")
     chosen = Chosen(options["only"])
-    for benchmark in map(available.__getitem__, names):
+    for benchmark in (available[name] for name in names):
         records = measure_cases(benchmark, options["quick"], chosen, runs, options["out"])
         if benchmark.name in earlier:
             _print_moves(benchmark, earlier[benchmark.name], records)

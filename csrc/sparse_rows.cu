@@ -23,7 +23,7 @@ constexpr float kMostError = 4.0f;  // SPARSE_MOST_ERROR in reference.py
 constexpr int kRestBits = 40;       // of sums of what is below all thresholds, as integers
 static_assert(kTurns <= 64, "a thread's vectors are a bit each, of 64");
 
-// The power of two that what is so many times as large as the reference falls short of it by, rounded down.
+// The power of two that what is so many times as large as usual falls short of that by, rounded down.
 __device__ inline int power_of(float relative) {
   return max(126 - static_cast<int>(__float_as_uint(relative) >> 23), 0);
 }

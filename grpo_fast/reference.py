@@ -523,13 +523,14 @@ def sparse_rows_ref(
 ) -> tuple[Tensor, Tensor]:
     """From which size on ``sparse_grad_tol`` keeps elements of rows of the logits' gradient.
 
-    An element as large as the threshold is kept. A smaller one, x, is raised to the threshold t with the probability
-    |x| / t, else dropped: on average it is what it was, with the variance |x| (t - |x|), so that the expected square
-    of the error is at most t times the sum of what is smaller. One threshold for all rows makes the most of it. It is
-    the largest of ``usual`` times 2^-k with which that is at most the square of ``tolerance`` times the norm of the
-    sampled tokens' elements, and so of the gradient; and t itself, and so any element's error, at most ``tolerance``
-    times ``usual``. A row whose own error would come to ``SPARSE_MOST_ERROR`` times as much has a smaller threshold;
-    of a row r > 1 times as large as usual, sqrt(r) times that.
+    An element as large as the threshold is kept. A smaller one, x, is left out of the gradients of head and bias. For
+    the hidden states it is raised to the threshold t with the probability |x| / t, else dropped: on average it is
+    what it was, with the variance |x| (t - |x|). So the square of either error, as expected, is at most t times the
+    sum of what is smaller. One threshold for all rows makes the most of it. It is the largest of ``usual`` times 2^-k
+    with which that is at most the square of ``tolerance`` times the norm of the sampled tokens' elements, and so of
+    the gradient; and t itself, and so any element's error, at most ``tolerance`` times ``usual``. A row whose own
+    error would come to ``SPARSE_MOST_ERROR`` times as much has a smaller threshold; of a row r > 1 times as large as
+    usual, sqrt(r) times that.
 
     Args:
         gradient: (n, V) float.
