@@ -41,7 +41,7 @@ class SparseGradient:
         self._head, self._sum_of_rows, self._tolerance = head, sum_of_rows, tolerance
         self._dense = False
         self._taken: list[tuple[Tensor, Tensor]] = []
-        self._lots: list[slice] = []  # where in the pool the last section's elements lie
+        self._last: list[tuple[Tensor, Tensor]] = []  # the last section's elements, still in the pool
         self._aside: Tensor | None = None  # gradients of dense rows
         self._numbers = torch.empty(0, dtype=torch.int64, device=head.weight.device)  # of those rows
         # The pool, where a section's elements go: their words and rows as one number, to sort by; and their values.
@@ -51,8 +51,8 @@ class SparseGradient:
 
     def backpropagate(self, part: slice, exponentials: Any) -> None:
         """Take a section to hidden states, weight and bias."""
-        self._taken += [(keys.clone(), values.clone()) for keys, values in self._last()]
-        self._lots = []
+        self._taken += [(keys.clone(), values.clone()) for keys, values in self._last]
+        self._last.clear()
         if self._dense or not self._take(part, exponentials):
             self._dense = True  # and so, very likely, are the next ones
             exponentials.gradient()
@@ -88,8 +88,9 @@ class SparseGradient:
         if longs > 0 and needs.hidden:
             which = torch.nonzero_static(is_long, size=longs).squeeze(1)
             self._head.put_hidden(which + part.start, self._times_weight(starts[which], ends[which]))
-        lots = slice(0, in_short), slice(room[0], room[0] + in_long)
-        self._lots = [lot for lot in lots if lot.stop > lot.start]
+        if needs.weight or needs.bias:
+            lots = slice(0, in_short), slice(room[0], room[0] + in_long)
+            self._last = [(keys[lot], values[lot]) for lot in lots if lot.stop > lot.start]
         if dense > 0:
             which = torch.nonzero_static(ends < starts, size=dense).squeeze(1)
             exponentials.gradient(which)
@@ -102,11 +103,6 @@ class SparseGradient:
         d_rows = weight.new_empty(starts.numel(), weight.size(1))
         self._sum_of_rows(d_rows, starts, ends, _words(self._keys), self._values, weight, limits=limits)
         return d_rows
-
-    def _last(self) -> list[tuple[Tensor, Tensor]]:
-        """The last section's elements for weight and bias, in the pool."""
-        needed = self._head.needs.weight or self._head.needs.bias
-        return [(self._keys[lot], self._values[lot]) for lot in self._lots if needed]
 
     def _set_aside(self, gradient: Tensor, which: Tensor, first_row: int) -> None:
         if self._aside is None:
@@ -131,15 +127,16 @@ class SparseGradient:
         But for what was raised: small elements have no common direction here, as they have in the hidden states'
         gradient, and are less of an error if they are left out.
         """
-        taken = self._taken + self._last()
-        if taken:
-            keys, values = (torch.cat(x) for x in zip(*taken, strict=True))
+        self._taken += self._last
+        self._last.clear()
+        found = [torch.cat(x) for x in zip(*self._taken, strict=True)]
         self._taken.clear()
         self._backpropagate_aside()
         del self._keys, self._values, self._aside  # their memory, before the elements are sorted
-        if not taken:
+        if not found:
             return
-        taken.clear()
+        keys, values = found
+        del found
         keys, order = keys.sort()
         values = values[order]
         if self._head.needs.weight:
