@@ -245,7 +245,11 @@ def pretrained(folder: Path) -> str:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # as large as pretrained ones: at 0, they would be Adam's steps and nothing else
+            torch.nn.init.normal_(parameter, std=config.initializer_range)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
