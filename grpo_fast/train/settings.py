@@ -188,7 +188,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1e-5,
         "max_grad_norm": 1.0,
         "eval_every": 25,
-        "save_every": 100,
     },
 }
 
