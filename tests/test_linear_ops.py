@@ -274,7 +274,9 @@ def test_masked_rows_may_hold_anything(impl: str, allow_sync: bool) -> None:
     assert not grads[0][~MASK].any()
 
 
-@pytest.mark.parametrize("frozen", ["", "hidden", "weight", "bias", "hidden weight", "hidden weight bias"])
+@pytest.mark.parametrize(
+    "frozen", ["", "hidden", "weight", "bias", "weight bias", "hidden weight", "hidden weight bias"]
+)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_products_of_what_is_frozen_are_not_done(impl: str, frozen: str, level: str) -> None:
     inputs = batch(config=GRPOLossConfig(beta=0.1, importance_sampling_level=level))
@@ -290,7 +292,7 @@ def test_products_of_what_is_frozen_are_not_done(impl: str, frozen: str, level: 
     ):
         torch.testing.assert_close(grad, truth, rtol=1e-4, atol=1e-6)
     kept = int(MASK.sum())
-    again = level == "sequence" and bool(trained)
+    again = level == "sequence" and bool(trained) and frozen != "weight bias"
     assert sum(count.logits) == (2 * kept if again else kept)
     assert sum(count.d_hidden) == ("hidden" not in frozen) * kept
     assert sum(count.d_weight) == ("weight" not in frozen) * kept
@@ -494,19 +496,76 @@ def test_log_probs_and_entropy(impl: str, dtype: torch.dtype, masked: bool, allo
 def test_log_probs_only_of_what_is_asked_for(impl: str) -> None:
     upstream = torch.zeros(B, T, device=DEVICE)
     upstream[2, 1], upstream[0, 3] = 0.5, -2.0
-    for frozen in (False, True):
-        hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_(not frozen)
-        with counted() as count:
-            logps = linear_selective_log_softmax(hidden, weight, ids(B, T), impl=impl)
-            assert isinstance(logps, Tensor)
-            logps.backward(upstream)
-        assert (count.logits, count.d_hidden, count.d_weight) == ([B * T, 2], [2], [] if frozen else [2])
-        assert torch.equal(hidden.grad.any(-1), upstream != 0)
+    hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    with counted() as count:
+        logps = linear_selective_log_softmax(hidden, weight, ids(B, T), impl=impl)
+        assert isinstance(logps, Tensor)
+        logps.backward(upstream)
+    assert (count.logits, count.d_hidden, count.d_weight) == ([B * T, 2], [2], [2])
+    assert torch.equal(hidden.grad.any(-1), upstream != 0)
     index = ids(B, T)
     index[1, 1] = -1
     logps = linear_selective_log_softmax(HIDDEN, WEIGHT, index, impl=impl)
     assert isinstance(logps, Tensor)
     assert torch.equal(logps.isnan(), index == -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("allow_sync", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_log_probs_of_a_frozen_head(
+    impl: str, dtype: torch.dtype, masked: bool, allow_sync: bool, softcap: float | None
+) -> None:
+    """Their gradient comes along with them, and the backward does no product; but for the entropy's."""
+    inputs: dict[str, Any] = {"index": ids(B, T), "mask": MASK if masked else None, "temperature": 0.7}
+    inputs |= {"softcap": softcap, "logit_scale": 1.3}
+    hidden, weight, bias = HIDDEN.to(dtype).requires_grad_(), WEIGHT.to(dtype), BIAS.to(dtype)
+    upstream = rand(B, T, seed=13)
+    upstream[0, 0] = 0.0
+    double = hidden.detach().double().requires_grad_()
+    doubles = double, weight.double()
+    options = {"impl": impl, "workspace_bytes": THREE_ROWS, "allow_sync": allow_sync}
+    for entropy in (False, True):
+        inputs["return_entropy"] = entropy
+        truth = linear_selective_log_softmax(*doubles, bias=bias.double(), impl="torch", **inputs)
+        with counted() as count:
+            found = linear_selective_log_softmax(hidden, weight, bias=bias, **inputs, **options)
+        assert bool(count.d_hidden) == (not entropy)
+        pairs = list(zip(found, truth, strict=True)) if entropy else [(found, truth)]
+        for x, y in pairs:
+            torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+        with counted() as count:
+            grads = [
+                torch.autograd.grad([x for x, _ in pairs], hidden, [upstream] * len(pairs), True)[0] for _ in "ab"
+            ]
+        assert bool(count.d_hidden) == entropy
+        assert torch.equal(*grads)
+        (true_grad,) = torch.autograd.grad([y for _, y in pairs], double, [upstream.double()] * len(pairs))
+        assert_gradients(grads[:1], [true_grad])
+        assert not grads[0][0, 0].any()
+
+
+def test_log_probs_of_a_frozen_head_compiled_and_where_nothing_flows_back(impl: str) -> None:
+    """What a hidden state holds that nothing flows back to does not matter, as if it had not been projected."""
+    assert not MASK[1, 2]
+    hidden = HIDDEN.clone()
+    hidden[1, 2] = math.nan
+    hidden.requires_grad_()
+    index = ids(B, T)
+
+    def value(h: Tensor) -> Tensor:
+        logps = linear_selective_log_softmax(h, WEIGHT, index, impl=impl)
+        assert isinstance(logps, Tensor)
+        return logps.where(MASK, 0.0).sum()
+
+    found, compiled = (
+        torch.autograd.grad(fn(hidden), hidden)[0]
+        for fn in (value, torch.compile(value, fullgraph=True, backend="aot_eager"))
+    )
+    assert found.isfinite().all()
+    assert torch.equal(found.any(-1), MASK)
+    assert torch.equal(found, compiled)
 
 
 @pytest.mark.parametrize("shape", [(7, H), (H,), (2, 1, 3, H), (0, H)])

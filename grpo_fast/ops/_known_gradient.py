@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops._library import mutating_op, overwritten
-from grpo_fast.ops._linear_logps import as_rows
 from grpo_fast.ops._row_kernels import row_kernels
+from grpo_fast.ops._rows import as_rows
 
 
 class KnownGradientFunction(torch.autograd.Function):

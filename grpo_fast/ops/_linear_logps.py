@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._chunks import ChunkedHead, Needs
+from grpo_fast.ops._chunks import ChunkedHead, Needs, wanted
+from grpo_fast.ops._frozen_head import logps_of_frozen_head
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
-from grpo_fast.ops._rows import HiddenRows, Rows, may_wait
+from grpo_fast.ops._rows import HiddenRows, Rows, as_rows, may_wait
 from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._vocabulary_parallel import merge_rows, shard_index, sharded_linear_logps_ref, upstream_in_shard
 from grpo_fast.reference import linear_logps_ref
@@ -31,23 +32,29 @@ def linear_logps(
     allow_sync: bool,
     impl: str,
     return_entropy: bool = False,
+    entropy_gradient: bool = True,
     label_smoothing: float = 0.0,
     sparse_grad_tol: float | None = None,
     group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logps, entropy) by ``impl``, over arguments that are checked; the entropy may be empty unless asked for.
 
-    With ``label_smoothing`` the log-probs are those that the reference defines; there is none over a ``group``.
+    Without ``entropy_gradient`` nothing is to flow back to the entropy. With ``label_smoothing`` the log-probs are
+    those that the reference defines; there is none over a ``group``.
     """
     if group is not None:
         trained = hidden.requires_grad and torch.is_grad_enabled()
         index = shard_index(index, weight.size(0), weight.size(1), trained, allow_sync, group)
+    options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    if group is not None and impl == "torch":
+        return sharded_linear_logps_ref(hidden, weight, index, bias=bias, mask=mask, group=group, **options)
+    options["label_smoothing"] = label_smoothing
     if impl == "torch":
-        options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
-        if group is not None:
-            return sharded_linear_logps_ref(hidden, weight, index, bias=bias, mask=mask, group=group, **options)
-        options["label_smoothing"] = label_smoothing
         return linear_logps_ref(hidden, weight, index, bias=bias, mask=mask, **options)
+    by_logps_alone = not (return_entropy and entropy_gradient)
+    if by_logps_alone and group is None and wanted(hidden, weight, bias) == [True, False, False]:
+        options |= dict(workspace_bytes=workspace_bytes, allow_sync=allow_sync, impl=impl)
+        return logps_of_frozen_head(hidden, weight, bias, index, mask, sparse_grad_tol=sparse_grad_tol, **options)
     logps, entropy, _, _ = _linear_logps(
         as_rows(hidden),
         weight,
@@ -66,13 +73,6 @@ def linear_logps(
         sparse_grad_tol,
     )
     return logps.view(index.shape), entropy.view(index.shape) if return_entropy else entropy
-
-
-def as_rows(hidden: Tensor) -> Tensor:
-    """Hidden states (..., H), or their gradient, as (B, T, H), which leaves the strides of these two alone."""
-    while hidden.dim() < 3:
-        hidden = hidden.unsqueeze(0)
-    return hidden.flatten(0, -3)
 
 
 # The registered op: chunks of logits, forward and again backward -------------------------------------------------

@@ -8,18 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import Shapes
 from grpo_fast.ops._chunks import ChunkedHead, Needs, fake_gradients
 from grpo_fast.ops._known_gradient import KnownGradientFunction
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._library import mutating_op, overwritten
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
-from grpo_fast.ops._rows import HiddenRows, Rows, may_wait
+from grpo_fast.ops._rows import HiddenRows, Rows, as_rows, may_wait
 from grpo_fast.ops._sparse import sparse_gradient
-from grpo_fast.ops._token_loss import METRICS
+from grpo_fast.ops._token_loss import METRICS, term_options
 
 #: What a row leaves behind: log-prob, entropy, weighted loss, KL, ratio, clip.
 ROW_RESULTS = 6
+#: With advantage 1 and a ratio of 1, the term is -logp.
+_CROSS_ENTROPY = GRPOLossConfig(loss_type="cispo", epsilon_high=1.0)
 
 
 def _fake_token_loss(
@@ -213,6 +216,37 @@ def _(rows: Tensor, *_: Any) -> Tensor:
 
 
 # Beside the ops --------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None,
+    token_weights: Tensor,
+    weight_grad_out: Tensor | None = None,
+    *,
+    needs: list[bool],
+    **options: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(-logp times its weight, entropy, gradients of the sum of the first); ``mask`` and weights are flat."""
+    rows, *gradients = linear_token_loss(
+        weight_grad_out,
+        as_rows(hidden.detach()),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        labels.reshape(-1).contiguous(),
+        mask,
+        None,
+        torch.ones_like(token_weights),
+        token_weights,
+        *[None] * 6,
+        needs=needs,
+        **term_options(_CROSS_ENTROPY),
+        **options,
+    )
+    return rows[2], rows[1], gradients
 
 
 def known_gradients(

@@ -64,6 +64,13 @@ class Rows:
         return x.new_zeros(x.size(0), self.count).index_copy(1, self.index, x)
 
 
+def as_rows(hidden: Tensor) -> Tensor:
+    """Hidden states (..., H), or their gradient, as (B, T, H), which leaves the strides of these two alone."""
+    while hidden.dim() < 3:
+        hidden = hidden.unsqueeze(0)
+    return hidden.flatten(0, -3)
+
+
 def may_wait(allow_sync: bool, x: Tensor) -> bool:
     """Whether the host may wait for the GPU: not while a CUDA graph is being captured."""
     return allow_sync and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from grpo_fast import backend
-from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import FLOATS, IDS, Shapes, check_choice, check_logits_options, check_positive
 from grpo_fast.ops._chunks import check_workspace, wanted
-from grpo_fast.ops._linear_logps import as_rows, linear_logps
-from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss
+from grpo_fast.ops._linear_logps import linear_logps
+from grpo_fast.ops._linear_token_loss import check_weight_grad_out, cross_entropy_rows, known_gradients
 from grpo_fast.ops._sparse import check_sparse_grad_tol
-from grpo_fast.ops._token_loss import term_options
 from grpo_fast.ops._vocabulary_parallel import local_shards
 from grpo_fast.ops.linear_selective_log_softmax import check_head, most_precise
-
-#: With advantage 1 and a ratio of 1, the term is -logp.
-_CROSS_ENTROPY = GRPOLossConfig(loss_type="cispo", epsilon_high=1.0)
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -47,7 +42,8 @@ def linear_cross_entropy(
     """Cross entropy of the logits ``hidden @ weight.T + bias``, which are computed in chunks and dropped.
 
     With a reduction, the kernels have loss and gradients from one sweep over the chunks, like ``linear_grpo_loss``:
-    at most three matrix products, and one backward. ``"none"`` is ``linear_selective_log_softmax``, with a fourth.
+    at most three matrix products, and one backward. ``"none"`` is ``linear_selective_log_softmax``, with a fourth
+    unless the head is frozen.
 
     Args:
         hidden: (..., H) float; ``hidden[..., t, :]`` predicts ``labels[..., t]``: shift before the call.
@@ -116,24 +112,20 @@ def linear_cross_entropy(
     mask = mask.reshape(-1)
     token_weights = mask / (divisor(mask, num_items_in_batch) if reduction == "mean" else 1.0)
     needs = wanted(hidden, weight, bias)
-    rows, *gradients = linear_token_loss(
-        weight_grad_out,
-        as_rows(hidden.detach()),
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        labels.reshape(-1).contiguous(),
+    losses, _, gradients = cross_entropy_rows(
+        hidden,
+        weight,
+        bias,
+        labels,
         mask,
-        None,
-        torch.ones_like(token_weights),
         token_weights,
-        *[None] * 6,
+        weight_grad_out,
         needs=needs,
-        **term_options(_CROSS_ENTROPY),
         **logits_options,
         **chunk_options,
     )
     inputs = (hidden, weight, bias)
-    return known_gradients(rows[2].sum(), inputs, gradients, needs, weight_grad_out, implementation)
+    return known_gradients(losses.sum(), inputs, gradients, needs, weight_grad_out, implementation)
 
 
 def _check_label_smoothing(value: object) -> None:

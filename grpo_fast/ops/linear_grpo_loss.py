@@ -12,9 +12,10 @@ from grpo_fast import backend
 from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_choice, check_logits_options
 from grpo_fast.ops._chunks import check_workspace, wanted
-from grpo_fast.ops._linear_logps import as_rows, linear_logps
+from grpo_fast.ops._linear_logps import linear_logps
 from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss, sum_rows
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
+from grpo_fast.ops._rows import as_rows
 from grpo_fast.ops._sparse import check_sparse_grad_tol
 from grpo_fast.ops._token_loss import name_results, term_options, threshold_tensor
 from grpo_fast.ops._vocabulary_parallel import local_shards
@@ -191,6 +192,7 @@ def linear_grpo_loss(
         bias=bias,
         mask=None if batch.counts_everything and shown is sequences else shown.mask,
         return_entropy=True,
+        entropy_gradient=config.entropy_coef != 0.0,
         group=group,
         **logits_options,
         **chunk_options,

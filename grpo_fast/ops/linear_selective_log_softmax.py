@@ -33,7 +33,9 @@ def linear_selective_log_softmax(
     """``selective_log_softmax`` of the logits ``hidden @ weight.T + bias``.
 
     The forward is one matrix product. The backward computes the logits again, of the rows whose upstream gradient is
-    not 0, and takes one more product for each of ``hidden`` and ``weight`` that requires a gradient.
+    not 0, and takes one more product for each of ``hidden`` and ``weight`` that requires a gradient. But if
+    ``hidden`` alone requires one, and the entropy is not asked for, the forward makes the log-probs' gradients by it
+    too, with a second product. They are kept, as large as ``hidden``, and the backward only scales them.
 
     Args:
         hidden: (..., H) float, the states that the head turns into logits.

@@ -1,0 +1,50 @@
+"""Log-probs whose backward needs no logits: under a frozen head a token has one gradient, its hidden state's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.ops._linear_token_loss import cross_entropy_rows
+from grpo_fast.ops._rows import as_rows
+
+
+def logps_of_frozen_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """(logps, entropy) of ``hidden`` (..., H), shaped like ``index``; the log-probs alone are differentiable.
+
+    Their gradients by the hidden states are made along with them, two products in all, and kept until the backward,
+    in the memory of the hidden states. The other form makes the logits again, and takes three.
+    """
+    mask = None if mask is None else mask.reshape(-1).bool()
+    weights = hidden.new_ones(index.numel(), dtype=torch.float32) if mask is None else mask.float()
+    losses, entropy, gradients = cross_entropy_rows(
+        hidden, weight, bias, index, mask, weights, needs=[True, False, False], **options
+    )
+    logps = _RowGradientsFunction.apply(-losses, as_rows(hidden), gradients[0])
+    return logps.view(index.shape), entropy.view(index.shape)
+
+
+class _RowGradientsFunction(torch.autograd.Function):
+    """``apply(logps, hidden, gradient)`` is ``logps`` (N,); ``gradient`` (B, T, H) is that of ``-logps``, by row."""
+
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, hidden: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = hidden.dtype
+        return logps.view_as(logps)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        factor = -upstream.view(*gradient.shape[:-1], 1)
+        scaled = torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype))  # rounded once
+        return None, scaled.masked_fill_(factor == 0, 0.0), None  # what nothing flows back to may be NaN
