@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ end tokens included. The ceiling reads the prompts, each once. The loop's weight
 bfloat16 by autocast if the model is a pretrained one; transformers gets a copy of those in bfloat16. A drawn token's
 log-prob is minus the entropy on average: "log-prob, sigmas error" is how far the mean over all tokens is from that,
 in standard errors. Times are medians of five; what is compiled, captured or kept for the next call is in neither
-times nor MiB."""
+times nor MiB, but in the first call."""
 
 
 @dataclass(frozen=True)
@@ -177,17 +178,25 @@ def measure(timer: Timer, case: Case, takes_part: Callable[[Provider], bool]) ->
         of_all = {"case": asdict(case), "task": TASK.name, "ceiling": TASK.ceiling, **prepared}
         return [{**of_all, "provider": p.name, "ours": p.ours} for p in TASK.providers if takes_part(p)]
     x, few, records, tokens = prepared["x"], Timer(min(timer.runs, RUNS), warmup=1, device=timer.device), [], 0
+    began = first = 0.0
 
     def errors(drawn: Drawn) -> dict[str, float]:
-        nonlocal tokens
+        nonlocal tokens, first
         tokens = int(drawn[1].sum())
+        first = time.perf_counter() - began
         return {"log-prob, sigmas": x.sigmas(*drawn)}
 
     for provider in TASK.providers:
         task = replace(TASK, providers=(provider,))
+        began = time.perf_counter()
         for record in run_task(few, case, task, x, ceiling=x.read, takes_part=takes_part, errors=errors):
             if "ms" in record:
-                record["columns"] = {"tokens": f"{tokens:,}", "tokens/s": f"{tokens / record['ms'] * 1e3:,.0f}"}
+                speed = tokens / record["ms"] * 1e3
+                record["columns"] = {
+                    "tokens": f"{tokens:,}",
+                    "tokens/s": f"{speed:,.0f}",
+                    "first call, s": f"{first:.1f}",
+                }
             records.append(record)
     return records
 

@@ -30,7 +30,7 @@ cut-cross-entropy verl quack-kernels. Everyone gets the same inputs, and is held
 taken. Without an NVIDIA GPU the reference path and a step of the training loop are timed on the CPU."""
 EXAMPLES = """\
 examples:
-  grpo-fast bench --quick                            in two to three minutes on a GPU
+  grpo-fast bench --quick                            in a minute or two on a GPU
   grpo-fast bench --out results                      everything; JSON files into the folder results
   grpo-fast bench linear --only grpo_fast TRL        one benchmark, two providers
   grpo-fast bench --quick --compare results          what moved since

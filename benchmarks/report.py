@@ -192,7 +192,7 @@ def _section(benchmark: Benchmark, content: dict[str, Any], file: str) -> str:
             "",
             overview(benchmark, content["records"]),
             "",
-            "**Where a peer is faster:**",
+            "**Where a peer is faster than the fastest of ours:**",
             "",
             *lost,
         ]
