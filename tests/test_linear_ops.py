@@ -278,8 +278,10 @@ def test_masked_rows_may_hold_anything(impl: str, allow_sync: bool) -> None:
     "frozen", ["", "hidden", "weight", "bias", "weight bias", "hidden weight", "hidden weight bias"]
 )
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_products_of_what_is_frozen_are_not_done(impl: str, frozen: str, level: str) -> None:
-    inputs = batch(config=GRPOLossConfig(beta=0.1, importance_sampling_level=level))
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
+def test_products_of_what_is_frozen_are_not_done(impl: str, frozen: str, level: str, entropy_coef: float) -> None:
+    config = GRPOLossConfig(beta=0.1, importance_sampling_level=level, entropy_coef=entropy_coef)
+    inputs = batch(config=config)
     leaves = dict(hidden=HIDDEN, weight=WEIGHT, bias=BIAS)
     _, expected = differentiate(linear_grpo_loss, {**inputs, "impl": "torch"}, tuple(leaves.values()))
     x = {name: leaf.clone().requires_grad_(name not in frozen.split()) for name, leaf in leaves.items()}
@@ -292,7 +294,7 @@ def test_products_of_what_is_frozen_are_not_done(impl: str, frozen: str, level: 
     ):
         torch.testing.assert_close(grad, truth, rtol=1e-4, atol=1e-6)
     kept = int(MASK.sum())
-    again = level == "sequence" and bool(trained) and frozen != "weight bias"
+    again = level == "sequence" and bool(trained) and (frozen != "weight bias" or entropy_coef != 0.0)
     assert sum(count.logits) == (2 * kept if again else kept)
     assert sum(count.d_hidden) == ("hidden" not in frozen) * kept
     assert sum(count.d_weight) == ("weight" not in frozen) * kept
@@ -520,7 +522,7 @@ def test_log_probs_of_a_frozen_head(
     """Their gradient comes along with them, and the backward does no product; but for the entropy's."""
     inputs: dict[str, Any] = {"index": ids(B, T), "mask": MASK if masked else None, "temperature": 0.7}
     inputs |= {"softcap": softcap, "logit_scale": 1.3}
-    hidden, weight, bias = HIDDEN.to(dtype).requires_grad_(), WEIGHT.to(dtype), BIAS.to(dtype)
+    hidden, weight, bias = HIDDEN.clone().to(dtype).requires_grad_(), WEIGHT.to(dtype), BIAS.to(dtype)
     upstream = rand(B, T, seed=13)
     upstream[0, 0] = 0.0
     double = hidden.detach().double().requires_grad_()
