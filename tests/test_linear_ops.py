@@ -570,6 +570,23 @@ def test_log_probs_of_a_frozen_head_compiled_and_where_nothing_flows_back(impl: 
     assert torch.equal(found, compiled)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_log_probs_of_excluded_tokens(impl: str, frozen: bool) -> None:
+    """A logit of -inf: the log-prob is -inf, the gradient that of the other logits."""
+    index, bias = ids(B, T), BIAS.clone()
+    bias[index[0, 0]] = bias[7] = -math.inf
+    results = []
+    for x, how in ((HIDDEN.double(), "torch"), (HIDDEN.clone(), impl)):
+        weight = WEIGHT.clone().to(x.dtype).requires_grad_(not frozen)
+        logps = linear_selective_log_softmax(x.requires_grad_(), weight, index, bias=bias.to(x.dtype), impl=how)
+        assert isinstance(logps, Tensor)
+        results.append((logps.double(), torch.autograd.grad(logps.sum(), x)[0].double()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    assert results[1][0][0, 0] == -math.inf
+    loss = linear_cross_entropy(HIDDEN, WEIGHT, index, bias=bias, impl=impl)
+    assert loss == math.inf
+
+
 @pytest.mark.parametrize("shape", [(7, H), (H,), (2, 1, 3, H), (0, H)])
 def test_log_probs_of_any_shape(shape: tuple[int, ...]) -> None:
     hidden, index = rand(*shape, seed=14), ids(*shape[:-1])

@@ -21,8 +21,9 @@ from grpo_fast.ops._token_loss import METRICS, term_options
 
 #: What a row leaves behind: log-prob, entropy, weighted loss, KL, ratio, clip.
 ROW_RESULTS = 6
-#: With advantage 1 and a ratio of 1, the term is -logp.
-_CROSS_ENTROPY = GRPOLossConfig(loss_type="cispo", epsilon_high=1.0)
+#: With advantage 1 the term is -logp: the ratio is clamped to 1. It is one to old log-probs of 0, as those of a token
+#: that is excluded, -inf, have no ratio to themselves.
+_CROSS_ENTROPY = GRPOLossConfig(loss_type="cispo", cispo_bounds="relative", epsilon_low=0.0)
 
 
 def _fake_token_loss(
@@ -241,7 +242,8 @@ def cross_entropy_rows(
         None,
         torch.ones_like(token_weights),
         token_weights,
-        *[None] * 6,
+        torch.zeros_like(token_weights),
+        *[None] * 5,
         needs=needs,
         **term_options(_CROSS_ENTROPY),
         **options,
