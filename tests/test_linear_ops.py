@@ -587,6 +587,38 @@ def test_log_probs_of_excluded_tokens(impl: str, frozen: bool) -> None:
     assert loss == math.inf
 
 
+@pytest.mark.parametrize("allow_sync", [False, True])
+def test_log_probs_of_a_frozen_head_where_masked(impl: str, allow_sync: bool) -> None:
+    """They are 0, also in sign, and nothing gets through to the hidden states, whatever flows back."""
+    hidden = HIDDEN.clone().requires_grad_()
+    logps = linear_selective_log_softmax(hidden, WEIGHT, ids(B, T), mask=MASK, allow_sync=allow_sync, impl=impl)
+    assert isinstance(logps, Tensor)
+    assert not torch.signbit(logps[~MASK]).any()
+    (gradient,) = torch.autograd.grad(logps, hidden, torch.where(MASK, 1.0, math.nan))
+    assert torch.equal(gradient.isfinite().all(-1) & gradient.any(-1), MASK)
+    assert not gradient[~MASK].any()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_log_probs_of_a_frozen_head_are_differentiated_once(impl: str, label_smoothing: float) -> None:
+    """A graph of the first derivative may be asked for; a second derivative is an error, not a part of it."""
+    gradients = []
+    for x, how in ((HIDDEN.double(), "torch"), (HIDDEN.clone(), impl)):
+        losses = linear_cross_entropy(
+            x.requires_grad_(),
+            WEIGHT.to(x.dtype),
+            ids(B, T),
+            label_smoothing=label_smoothing,
+            reduction="none",
+            impl=how,
+        )
+        gradients += torch.autograd.grad(losses.square().sum(), x, create_graph=how == impl)
+    truth, gradient = gradients
+    assert_gradients([gradient.detach()], [truth])
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("shape", [(7, H), (H,), (2, 1, 3, H), (0, H)])
 def test_log_probs_of_any_shape(shape: tuple[int, ...]) -> None:
     hidden, index = rand(*shape, seed=14), ids(*shape[:-1])

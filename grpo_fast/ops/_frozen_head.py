@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from grpo_fast.ops._linear_token_loss import cross_entropy_rows
 from grpo_fast.ops._rows import as_rows
@@ -29,22 +30,25 @@ def logps_of_frozen_head(
     losses, entropy, gradients = cross_entropy_rows(
         hidden, weight, bias, index, mask, weights, needs=[True, False, False], **options
     )
-    logps = _RowGradientsFunction.apply(-losses, as_rows(hidden), gradients[0])
+    logps = _RowGradientsFunction.apply(losses, as_rows(hidden), gradients[0])
+    if mask is not None:
+        logps = logps.where(mask, 0.0)  # whatever flows back to the others, NaN included, ends here
     return logps.view(index.shape), entropy.view(index.shape)
 
 
 class _RowGradientsFunction(torch.autograd.Function):
-    """``apply(logps, hidden, gradient)`` is ``logps`` (N,); ``gradient`` (B, T, H) is that of ``-logps``, by row."""
+    """``apply(losses, hidden, gradient)`` is ``-losses`` (N,); ``gradient`` (B, T, H) is that of their sum."""
 
     @staticmethod
-    def forward(ctx: Any, logps: Tensor, hidden: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, losses: Tensor, hidden: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
-        return logps.view_as(logps)
+        return -losses
 
     @staticmethod
+    @once_differentiable  # the gradient depends on the hidden states too
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
         (gradient,) = ctx.saved_tensors
         factor = -upstream.view(*gradient.shape[:-1], 1)
-        scaled = torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype))  # rounded once
+        scaled = torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype))  # no float32 copy
         return None, scaled.masked_fill_(factor == 0, 0.0), None  # what nothing flows back to may be NaN
