@@ -336,8 +336,15 @@ def test_rows_that_nothing_flows_back_to_are_not_projected_again(impl: str) -> N
     for metrics, first in (("all", int(MASK.sum())), ("active", int(MASK[2:].sum()))):
         check_loss(inputs, metrics=metrics)
         with counted() as count:
-            differentiate(linear_grpo_loss, {**inputs, "metrics": metrics, "impl": impl}, (HIDDEN, WEIGHT))
+            _, (gradient, _) = differentiate(
+                linear_grpo_loss, {**inputs, "metrics": metrics, "impl": impl}, (HIDDEN, WEIGHT)
+            )
         assert sum(count.logits) - first == sum(count.d_hidden) == sum(count.d_weight) == MASK[2:].sum()
+        hidden = HIDDEN.clone().requires_grad_()
+        with counted() as count:
+            linear_grpo_loss(hidden, WEIGHT, **inputs, metrics=metrics, impl=impl).loss.backward()
+        assert (sum(count.logits), sum(count.d_hidden), sum(count.d_weight)) == (first, MASK[2:].sum(), 0)
+        torch.testing.assert_close(hidden.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

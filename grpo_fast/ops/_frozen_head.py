@@ -18,17 +18,27 @@ def logps_of_frozen_head(
     bias: Tensor | None,
     index: Tensor,
     mask: Tensor | None,
+    live: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(logps, entropy) of ``hidden`` (..., H), shaped like ``index``; the log-probs alone are differentiable.
 
-    Their gradients by the hidden states are made along with them, two products in all, and kept until the backward,
-    in the memory of the hidden states. The other form makes the logits again, and takes three.
+    Their gradients by the hidden states are made along with them, two products in all, and kept until the backward
+    in ``gradient_dtype``. The other form makes the logits again, and takes three.
     """
-    mask = None if mask is None else mask.reshape(-1).bool()
+    mask, live = (None if x is None else x.reshape(-1).bool() for x in (mask, live))
     weights = hidden.new_ones(index.numel(), dtype=torch.float32) if mask is None else mask.float()
     losses, entropy, gradients = cross_entropy_rows(
-        hidden, weight, bias, index, mask, weights, needs=[True, False, False], **options
+        hidden,
+        weight,
+        bias,
+        index,
+        mask,
+        weights,
+        live=live,
+        needs=[True, False, False],
+        sparse_grad_tol=None,
+        **options,
     )
     logps = _RowGradientsFunction.apply(losses, as_rows(hidden), gradients[0])
     if mask is not None:

@@ -25,6 +25,7 @@ def linear_logps(
     *,
     bias: Tensor | None,
     mask: Tensor | None,
+    live: Tensor | None = None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -39,8 +40,8 @@ def linear_logps(
 ) -> tuple[Tensor, Tensor]:
     """(logps, entropy) by ``impl``, over arguments that are checked; the entropy may be empty unless asked for.
 
-    Without ``entropy_gradient`` nothing is to flow back to the entropy. With ``label_smoothing`` the log-probs are
-    those that the reference defines; there is none over a ``group``.
+    Nothing is to flow back to what is not ``live``, nor, without ``entropy_gradient``, to the entropy. With
+    ``label_smoothing`` the log-probs are those that the reference defines; there is none over a ``group``.
     """
     if group is not None:
         trained = hidden.requires_grad and torch.is_grad_enabled()
@@ -51,10 +52,11 @@ def linear_logps(
     options["label_smoothing"] = label_smoothing
     if impl == "torch":
         return linear_logps_ref(hidden, weight, index, bias=bias, mask=mask, **options)
-    by_logps_alone = not (return_entropy and entropy_gradient)
-    if by_logps_alone and group is None and wanted(hidden, weight, bias) == [True, False, False]:
+    by_logps_alone = not (return_entropy and entropy_gradient) and group is None
+    # A tolerance is for rows as what flows back weighs them, which is not known yet.
+    if by_logps_alone and sparse_grad_tol is None and wanted(hidden, weight, bias) == [True, False, False]:
         options |= dict(workspace_bytes=workspace_bytes, allow_sync=allow_sync, impl=impl)
-        return logps_of_frozen_head(hidden, weight, bias, index, mask, sparse_grad_tol=sparse_grad_tol, **options)
+        return logps_of_frozen_head(hidden, weight, bias, index, mask, live, **options)
     logps, entropy, _, _ = _linear_logps(
         as_rows(hidden),
         weight,

@@ -228,10 +228,11 @@ def cross_entropy_rows(
     token_weights: Tensor,
     weight_grad_out: Tensor | None = None,
     *,
+    live: Tensor | None = None,
     needs: list[bool],
     **options: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(-logp times its weight, entropy, gradients of the sum of the first); ``mask`` and weights are flat."""
+    """(-logp times its weight, entropy, gradients of the first's sum over the live); mask, weights, live: flat."""
     rows, *gradients = linear_token_loss(
         weight_grad_out,
         as_rows(hidden.detach()),
@@ -239,7 +240,7 @@ def cross_entropy_rows(
         None if bias is None else bias.detach(),
         labels.reshape(-1).contiguous(),
         mask,
-        None,
+        live,
         torch.ones_like(token_weights),
         token_weights,
         torch.zeros_like(token_weights),

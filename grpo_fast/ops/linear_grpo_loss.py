@@ -67,7 +67,7 @@ def linear_grpo_loss(
     for ``hidden`` and ``weight`` if they require a gradient. Where a sequence has to be known before its tokens' loss
     (a sequence-level ratio, ``"vespo"``, ``off_policy_mask_threshold``, an entropy bonus over a threshold's tokens),
     logits are computed for the log-probs first and again for the gradient, in the backward: a product more, unless
-    ``hidden`` alone requires a gradient and there is no entropy bonus.
+    ``hidden`` alone requires a gradient and there is neither an entropy bonus nor a ``sparse_grad_tol``.
 
     A token whose gradient is known to be 0 costs one product, for its log-prob. Without KL and entropy bonus those
     are tokens of advantage 0 (groups of equal rewards), of ``importance_sampling_ratio`` 0, and out of
@@ -181,17 +181,17 @@ def linear_grpo_loss(
 
     sequences = batch.sequences(accumulation_dtype(hidden, weight))
     shown = sequences
-    if metrics == "active":
-        live = batch.live(sequences, sequences.per_token(batch.group_advantages()[0]))
-        if live is not None:
-            batch_shown = replace(batch, completion_mask=sequences.mask & live)
-            shown = batch_shown.sequences(sequences.dtype)
+    live = batch.live(sequences, sequences.per_token(batch.group_advantages()[0]))
+    if metrics == "active" and live is not None:
+        batch_shown = replace(batch, completion_mask=sequences.mask & live)
+        shown, live = batch_shown.sequences(sequences.dtype), None
     logps, entropy = linear_logps(
         hidden,
         weight,
         completion_ids,
         bias=bias,
         mask=None if batch.counts_everything and shown is sequences else shown.mask,
+        live=live,
         return_entropy=True,
         entropy_gradient=config.entropy_coef != 0.0,
         group=group,

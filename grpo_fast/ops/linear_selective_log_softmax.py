@@ -34,8 +34,9 @@ def linear_selective_log_softmax(
 
     The forward is one matrix product. The backward computes the logits again, of the rows whose upstream gradient is
     not 0, and takes one more product for each of ``hidden`` and ``weight`` that requires a gradient. But if
-    ``hidden`` alone requires one, and the entropy is not asked for, the forward makes the log-probs' gradients by it
-    too, with a second product. They are kept, as large as ``hidden``, and the backward only scales them.
+    ``hidden`` alone requires one, with neither ``return_entropy`` nor ``sparse_grad_tol``, the forward makes the
+    log-probs' gradients by it too, with a second product. They are kept, as large as ``hidden`` (in float32 if that
+    is float16), and the backward only scales them, any number of times, but not for a second derivative.
 
     Args:
         hidden: (..., H) float, the states that the head turns into logits.
