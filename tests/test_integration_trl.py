@@ -253,7 +253,7 @@ def run_ranks(task: str, folder: Path, options: dict[str, Any]) -> dict[str, Any
     """What the two ranks of trl_ranks.py find."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(Path(__file__).parent / "trl_ranks.py"), task, str(folder), json.dumps(options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, timeout=300, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads((folder / "ranks.json").read_text())
