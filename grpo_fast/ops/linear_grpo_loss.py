@@ -180,8 +180,9 @@ def linear_grpo_loss(
         return _fused(hidden, weight, bias, batch, metrics, weight_grad_out, logits_options, chunk_options)
 
     sequences = batch.sequences(accumulation_dtype(hidden, weight))
-    shown = sequences
-    live = batch.live(sequences, sequences.per_token(batch.group_advantages()[0]))
+    shown, live = sequences, None
+    if metrics == "active" or not weight.requires_grad:  # under a trained head the backward sees for itself
+        live = batch.live(sequences, sequences.per_token(batch.group_advantages()[0]))
     if metrics == "active" and live is not None:
         batch_shown = replace(batch, completion_mask=sequences.mask & live)
         shown, live = batch_shown.sequences(sequences.dtype), None
