@@ -205,6 +205,14 @@ struct SparseLimits {
   unsigned long long short_room, long_room, most_dense;  // elements of short rows, and of long ones; rows
 };
 
+constexpr int kSparsePowers = 16;  // of two, thresholds; SPARSE_POWERS in reference.py
+
+// Of some of the rows.
+struct SparseSample {
+  unsigned long long lengths[kSparsePowers], rest;  // what is small, by the power of two that it falls short by
+  SparseTotals totals[kSparsePowers];               // with a threshold of 2^-1, 2^-2 and so on
+};
+
 // Rows of the gradient as some of their elements: of a row together, in the order of the words; those of short rows,
 // then, after the room for these, of long ones.
 struct SparseRows {
@@ -214,14 +222,13 @@ struct SparseRows {
   int64_t* ends;        // (count,) and what comes after the last; before the first of a dense row, or one without room
   SparseLimits limits;  // totals are 0 before; if these are passed, the search has ended early: nothing else is of use
   int first_row;
-  int short_most, long_most;   // most elements of a row
-  unsigned long long* sample;  // (kSparsePowers + 1,), 0 before: what is small in some of the rows, by its power of two
-  int sampled;                 // how many rows those are, no more than there are
+  int short_most, long_most;  // most elements of a row
+  SparseSample* sample;       // 0 before
+  int sampled;                // how many rows that is of, no more than there are
 };
 
 constexpr int64_t kRaisedKey = INT64_MIN;  // the sign bit: the element was smaller than the threshold
 constexpr int kSparseWords = 262144;       // the most words of a row; MOST_WORDS in Python
-constexpr int kSparsePowers = 16;          // of two, thresholds; SPARSE_POWERS in reference.py
 
 // `usual`: a scalar, how large the sampled tokens' elements are in the root mean square.
 cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,

@@ -170,7 +170,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("architectures") = GRPO_FAST_ARCHITECTURES;
   m.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   m.attr("PARTIAL") = gf::kPartial;
-  m.attr("SPARSE_POWERS") = gf::kSparsePowers;
+  m.attr("SPARSE_SAMPLE") = sizeof(gf::SparseSample) / sizeof(unsigned long long);
   m.def("error_string", [](int code) { return std::string(cudaGetErrorString(static_cast<cudaError_t>(code))); });
 
   py::class_<gf::Layout>(m, "Layout")
@@ -365,7 +365,7 @@ PYBIND11_MODULE(_C, m) {
                                     pointer<const float>(usual), tolerance,
                                     {pointer<std::int64_t>(keys), pointer<float>(values), pointer<std::int64_t>(starts),
                                      pointer<std::int64_t>(ends), limits, first_row, most.first, most.second,
-                                     pointer<unsigned long long>(sample), sampled},
+                                     pointer<gf::SparseSample>(sample), sampled},
                                     stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("slopes"),

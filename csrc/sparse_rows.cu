@@ -33,11 +33,6 @@ __device__ inline void put_row(const SparseRows& out, int n, int64_t start, int6
   out.ends[n] = end;
 }
 
-__device__ inline void leave_dense(const SparseRows& out, int n) {
-  put_row(out, n, 0, -1);
-  atomicAdd(&out.limits.totals->dense, 1ull);
-}
-
 // Where draws begin: other numbers or another row, other draws.
 __device__ inline uint32_t seed_of(int number, float x, float y) {
   return mix(mix(mix(number) + __float_as_uint(x)) + __float_as_uint(y));
@@ -206,12 +201,12 @@ __device__ int find_power(float below, Sum length_of_power, int first, float mos
 // An element x below the threshold t has the variance x (t - x): together no more than t times their sum. By a warp.
 __device__ int power_of_all(const SparseRows& out, float tolerance) {
   const int lane = threadIdx.x % 32;
-  const float mine = lane <= kLevels ? static_cast<float>(out.sample[lane]) : 0.0f;
+  const float mine = lane < kLevels ? static_cast<float>(out.sample->lengths[lane]) : 0.0f;
   int first = 1;
   while (ldexpf(1.0f, -first) > tolerance) ++first;
   return find_power(
-      ldexpf(__shfl_sync(~0u, mine, kLevels), -kRestBits), [&](int power) { return __shfl_sync(~0u, mine, power); },
-      first, tolerance * tolerance * out.sampled);
+      ldexpf(static_cast<float>(out.sample->rest), -kRestBits),
+      [&](int power) { return __shfl_sync(~0u, mine, power); }, first, tolerance * tolerance * out.sampled);
 }
 
 __device__ inline float rest_of(const Counts& counts) {
@@ -242,15 +237,26 @@ __device__ inline int drawn_by(const Counts& counts, int power) {
   return drawn;
 }
 
-// A place in the pool for so many elements of row n; -1 if there is none, or none are needed.
-__device__ int64_t take_room(const SparseRows& out, int n, int kept) {
+// Adds a row with such a threshold and so many elements to totals: returns how many there were before, of short rows or
+// of long ones as it is; -1 if it is dense.
+__device__ int64_t add_row(const SparseRows& out, int power, int kept, SparseTotals& totals) {
+  if (power > kLevels || kept > out.long_most) {
+    atomicAdd(&totals.dense, 1ull);
+    return -1;
+  }
   const bool is_long = kept > out.short_most;
-  const unsigned long long more = kept, room = is_long ? out.limits.long_room : out.limits.short_room;
-  const unsigned long long before =
-      atomicAdd(is_long ? &out.limits.totals->in_long : &out.limits.totals->in_short, more);
-  if (is_long) atomicAdd(&out.limits.totals->longs, 1ull);
-  const int64_t place = static_cast<int64_t>(before + (is_long ? out.limits.short_room : 0ull));
-  const bool fits = before + more <= room;
+  if (is_long) atomicAdd(&totals.longs, 1ull);
+  return static_cast<int64_t>(
+      atomicAdd(is_long ? &totals.in_long : &totals.in_short, static_cast<unsigned long long>(kept)));
+}
+
+// A place in the pool for row n; -1 if there is none, or it is dense, or has no elements.
+__device__ int64_t take_room(const SparseRows& out, int n, int power, int kept) {
+  const int64_t before = add_row(out, power, kept, *out.limits.totals);
+  const bool is_long = kept > out.short_most;
+  const int64_t room = is_long ? out.limits.long_room : out.limits.short_room;
+  const int64_t place = before + (is_long ? out.limits.short_room : 0);
+  const bool fits = before >= 0 && before + kept <= room;
   fits ? put_row(out, n, place, place + kept) : put_row(out, n, 0, -1);
   return kept == 0 || !fits ? -1 : place;
 }
@@ -323,24 +329,33 @@ __device__ void write(const Row<kTilt>& row, const Counts& counts, int power, in
   }
 }
 
-// A block a row, of rows drawn evenly over all: adds up what is small in them.
+// A block a row, of rows drawn evenly over all: adds up what is small in them, and what each threshold would keep.
 template <bool kTilt>
 __global__ void __launch_bounds__(kThreads, 3)
     sample_kernel(const Head head, const Exponentials exponentials, const Slopes* slopes, const float* usual,
-                  const SparseRows out) {
+                  float tolerance, const SparseRows out) {
   const int64_t drawn = int64_t(blockIdx.x) * head.count + mix(out.first_row + blockIdx.x) % head.count;
   const int n = static_cast<int>(drawn / gridDim.x), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Row<kTilt> row(head, exponentials, slopes[n], *usual, n, out.first_row + n);
-  if (row.slopes.zero() || !row.is_readable()) return;
+  if (row.slopes.zero()) return;
+  SparseTotals& totals = out.sample->totals[warp];
+  if (!row.is_readable()) {
+    if (lane == 0) add_row(out, kLevels + 1, 0, totals);
+    return;
+  }
   __shared__ Counts counts;
   clear(counts, row.vectors);
   __syncthreads();
   count(row, counts);
   __syncthreads();
   const unsigned long long lengths = lengths_of(counts, warp);
-  if (lane == 0) atomicAdd(&out.sample[warp], lengths);
+  const int power = power_of_row(row, counts, warp + 1, tolerance), kept = drawn_by(counts, min(power, kLevels));
+  if (lane == 0) {
+    atomicAdd(&out.sample->lengths[warp], lengths);
+    add_row(out, power, kept, totals);
+  }
   if (threadIdx.x == 0) {
-    atomicAdd(&out.sample[kLevels], static_cast<unsigned long long>(ldexpf(rest_of(counts), kRestBits)));
+    atomicAdd(&out.sample->rest, static_cast<unsigned long long>(ldexpf(rest_of(counts), kRestBits)));
   }
 }
 
@@ -358,8 +373,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     return;
   }
   const int first = power_of_all(out, tolerance);
-  if (!row.is_readable() || first > kLevels) {
-    if (thread == 0) leave_dense(out, n);
+  const bool too_flat =
+      first > kLevels || are_passed(out.limits, out.sample->totals[first - 1], out.sampled, head.count);
+  if (too_flat || !row.is_readable()) {
+    if (thread == 0) take_room(out, n, kLevels + 1, 0);
     return;
   }
   __shared__ Counts counts;
@@ -377,12 +394,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int own = power_of_row(row, counts, first, tolerance), kept = drawn_by(counts, min(own, kLevels));
     if (lane == 0) {
       power = own;
-      place = -1;
-      if (own <= kLevels && kept <= out.long_most) {
-        place = take_room(out, n, kept);
-      } else {
-        leave_dense(out, n);
-      }
+      place = take_room(out, n, own, kept);
     }
   }
   __syncthreads();
@@ -396,7 +408,7 @@ cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, cons
   if (head.V > kSparseWords) return cudaErrorInvalidValue;
   const auto launch = [&](auto* sample, auto* find) {
     const auto* by_row = reinterpret_cast<const Slopes*>(slopes);
-    sample<<<out.sampled, kThreads, 0, stream>>>(head, exponentials, by_row, usual, out);
+    sample<<<out.sampled, kThreads, 0, stream>>>(head, exponentials, by_row, usual, tolerance, out);
     find<<<head.count, kThreads, 0, stream>>>(head, exponentials, by_row, usual, tolerance, out);
   };
   tilted ? launch(sample_kernel<true>, sparse_kernel<true>) : launch(sample_kernel<false>, sparse_kernel<false>);

@@ -6,7 +6,7 @@ _Tensor = tuple[int, int]
 architectures: str
 cuda_version: str
 PARTIAL: int
-SPARSE_POWERS: int
+SPARSE_SAMPLE: int
 
 class Layout:
     cluster: int

@@ -149,7 +149,7 @@ class Exponentials:
         """
         count = self.hidden.size(0)
         starts, ends = keys.new_empty(2, count).unbind()
-        totals, sample = keys.new_zeros(4 + _C.SPARSE_POWERS + 1).split([4, _C.SPARSE_POWERS + 1])
+        totals, sample = keys.new_zeros(4 + _C.SPARSE_SAMPLE).split([4, _C.SPARSE_SAMPLE])
         limits = _C.SparseLimits(totals=totals.data_ptr(), room=room, most_dense=most_dense)
         error = _C.sparse_rows(
             device=self.hidden.device.index,

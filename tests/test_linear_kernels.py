@@ -268,7 +268,8 @@ def test_loss(config: dict[str, Any], workspace: int | None, launches: list[int]
     hidden, weight, index = inputs(700, 5_001, 200)
     options: dict[str, Any] = {"config": GRPOLossConfig(**config), "workspace_bytes": workspace}
     check_loss(hidden, weight, index, bias=rand(5_001, seed=8).bfloat16(), **options)
-    assert launches == ([700] if workspace is None else [128] * 5 + [60])
+    # The rounded gradient of the weight takes the room of 199 rows, whatever the workspace.
+    assert launches == ([700] if workspace is None else [199] * 3 + [103])
 
 
 @pytest.mark.parametrize("workspace", [None, 2 * 5_008 * 130], ids=["one section", "several"])
@@ -287,7 +288,7 @@ def test_log_probs(softcap: float | None, workspace: int | None, launches: list[
         gradients.append(torch.autograd.grad(value, leaves))
     for x, y in zip(*gradients, strict=True):
         assert (x.double() - y).norm() < 2.4e-3 * y.norm()
-    assert launches == ([700, 650] if workspace is None else [700, *[130] * 5])
+    assert launches == ([700, 650] if workspace is None else [700, *[199] * 3, 53])
 
 
 def test_gradients_that_need_more_digits_keep_the_logits(launches: list[int]) -> None:

@@ -61,8 +61,10 @@ class Sparse(NamedTuple):
     totals: list[int]
 
 
-def sparse_rows(left: Any, tolerance: float, most: tuple[int, int] = (40, V), **limits: Any) -> Sparse:
-    n, first_row, guard = left.hidden.size(0), 1_000, 64
+def sparse_rows(
+    left: Any, tolerance: float, most: tuple[int, int] = (40, V), first_row: int = 1_000, **limits: Any
+) -> Sparse:
+    n, guard = left.hidden.size(0), 64
     limits = {"room": (n * V, n * V), "most_dense": n, **limits}
     room = sum(limits["room"])
     keys = torch.full((room + guard,), -7, device="cuda")
@@ -245,11 +247,32 @@ def test_rows_that_are_too_long_and_too_many() -> None:
     few = sparse_rows(left, 1e-3, (middle - 3, middle))
     assert torch.equal(few.counts, counts.where(counts <= middle, -1))
     assert 0 < few.totals[2] < 40
-    # Whatever has no room is counted all the same, and nothing is written beyond the room there is.
+    # As few rows are all sampled, whether they are too flat is known ahead of the search.
     short, long = few.totals[:2]
-    assert sparse_rows(left, 1e-3, (middle - 3, middle), room=(short - 1, long)).totals[0] > short - 1
-    assert sparse_rows(left, 1e-3, (middle - 3, middle), room=(short, long - 1)).totals[1] > long - 1
-    assert sparse_rows(left, 1e-3, (middle - 3, middle), most_dense=0).totals[3] > 0
+    for limits in ({"room": (short - 1, long)}, {"room": (short, long - 1), "most_dense": 39}, {"most_dense": 0}):
+        assert sparse_rows(left, 1e-3, (middle - 3, middle), **limits).totals == [0, 0, 0, 40]
+    assert sparse_rows(left, 1e-3, (middle - 3, middle), room=(short, long)).totals == few.totals
+
+
+@on_hopper
+def test_a_search_that_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only row sampled, the first, is 0: what there is no room for is seen as it is counted, and not written."""
+    from grpo_fast import cuda_linear
+
+    monkeypatch.setattr(cuda_linear, "SAMPLED_ROWS", 1)
+    hidden, weight, index = peaked(40)
+    upstream = torch.ones(40, device="cuda")
+    upstream[0] = 0.0
+    left, _ = left_by(hidden, weight, index, upstream)
+    middle = int(sparse_rows(left, 1e-3, first_row=0).counts.median())
+    most = (middle - 3, middle)
+    few = sparse_rows(left, 1e-3, most, first_row=0)
+    short, long, longs, dense = few.totals
+    assert longs > 0
+    assert dense > 0
+    assert sparse_rows(left, 1e-3, most, first_row=0, room=(short - 1, long)).totals[0] > short - 1
+    assert sparse_rows(left, 1e-3, most, first_row=0, room=(short, long - 1)).totals[1] > long - 1
+    assert sparse_rows(left, 1e-3, most, first_row=0, most_dense=dense - 1).totals[3] == dense
 
 
 def run(op: Any, leaves: list[Tensor], **inputs: Any) -> tuple[Any, list[Tensor]]:

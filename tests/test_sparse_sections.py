@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast.ops import _sparse
-from grpo_fast.ops._chunks import LONG_ON_AVERAGE, SHORT_ON_AVERAGE, ChunkedHead, Needs
+from grpo_fast.ops import _sparse, _workspace
+from grpo_fast.ops._chunks import ChunkedHead, Needs
 from grpo_fast.ops._rows import HiddenRows, Rows
 from grpo_fast.ops._sparse import SparseGradient
 
@@ -117,7 +117,8 @@ def gradient_of(elements: list[int]) -> Tensor:
     return values.where(places < torch.tensor(elements)[:, None], 0.0)
 
 
-#: By name, the elements of each of 64 rows, in sections of 16 at most; a section may have 8 dense rows.
+#: By name, the elements of each of 64 rows, in sections of 16 at most; a section may have 8 dense rows. Up to 24 rows
+#: are one section.
 KINDS: dict[str, list[int]] = {
     "all sparse": [FEW, 4, ZERO, MANY] * 16,
     "nothing": [ZERO] * 64,
@@ -128,6 +129,8 @@ KINDS: dict[str, list[int]] = {
     "dense after sparse": [FEW, ALL] * 8 + [FEW] * 16 + [ALL] * 32,
     "all dense": [ALL] * 64,
     "a short last section": [FEW] * 48 + [ALL],
+    "one section": [FEW, MANY, FEW, 4] * 4 + [ALL] * 3 + [FEW],
+    "one section, mostly dense": [FEW, ALL, ALL, 4, ALL] * 4,
     "one row": [FEW],
     "one dense row": [ALL],
     "none": [],
@@ -171,13 +174,13 @@ def test_products(
     rows = Rows(count, live, count, index)
     states = HiddenRows(hidden, rows, torch.bfloat16)
     buffer = torch.ones(V, H) if into_a_buffer and needs[1] else None
-    a_row = 1.5 * 2 * V + (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * 12
+    monkeypatch.setattr(_workspace, "ELEMENT_BYTES", 0)  # elements of so few words are more than a row
     head = ChunkedHead(
         states,
         weight,
         torch.zeros(V) if bias else None,
         Needs(*needs),
-        int(16 * a_row),
+        16 * 3 * V,
         buffer,
         keeps_logits=False,
         sparse=True,
@@ -188,7 +191,7 @@ def test_products(
         if has_gradient:
             memory = head.gradient(part).fill_(math.nan)
             sparse.backpropagate(part, StandIn(truth[part], memory, order, searches, is_dense[part]))
-    assert searches == SEARCHES.get(kind, [0, 16, 32, 48] if live > 1 else [0] * live)
+    assert searches == SEARCHES.get(kind, [0, 16, 32, 48] if live > 24 else [0][:live])
     assert needs[1] or needs[2] or not sparse._taken, "what needs no gradient costs nothing"
     sparse.finish()
     d_hidden, d_weight, d_bias = head.finish()
@@ -199,7 +202,7 @@ def test_products(
         wanted[at] = truth.float() @ weight.float()
         torch.testing.assert_close(d_hidden[0].float(), wanted, rtol=2**-8, atol=1e-5)
     whole = is_dense[:, None] | (truth.abs() >= THRESHOLD)
-    assert kind in ("all dense", "one dense row", "nothing", "none") or not whole.all()
+    assert kind in ("all dense", "one section, mostly dense", "one dense row", "nothing", "none") or not whole.all()
     truth = truth.where(whole, 0.0)
     if needs[1]:
         wanted = truth.float().t() @ x[:live].float()

@@ -1,4 +1,4 @@
-"""From hidden states to logits and back, a chunk of rows at a time: how many rows, and the matrix products.
+"""From hidden states to logits and back, a chunk of rows at a time: the matrix products.
 
 Whoever computes something from logits does, with rows in the order of ``Rows``::
 
@@ -10,9 +10,8 @@ Whoever computes something from logits does, with rows in the order of ``Rows``:
 Logits come from the product in float32. Their gradient is rounded to the precision of the product that it enters;
 what that gives is added up in float32 and rounded once.
 
-In half precision a gradient takes half of the memory that its logits take, and the sum over the rows is read and
-written by each product that adds to it. So chunks of logits are short, and the gradients of several, a section, enter
-the products together. Where kernels take hidden states, there are no logits, and a chunk is a section:
+The gradients of several chunks, a section, enter the products together; ``_workspace.py`` says how many rows either
+has. Where kernels take hidden states, there are no logits, and a chunk is a section:
 
     for rows, live in head.chunks():
         ...                                     # from head.states(rows) and head.weight to head.gradient(rows)
@@ -31,26 +30,7 @@ from torch import Tensor
 from grpo_fast.ops._products import add_product, gradient_dtype, product
 from grpo_fast.ops._rows import HiddenRows
 from grpo_fast.ops._vocabulary_parallel import resolve
-
-#: What the logits of a chunk and the gradients of a section may take, in bytes, where the caller does not say.
-WORKSPACE_BYTES = 2 * 2**30
-#: The share of the logits in that, if they have a gradient in half precision, is one in so many. Shorter chunks are
-#: more launches, longer ones leave less for the gradients. Each of two heads' logits may have that share if chunks
-#: are short without.
-LOGITS_SHARE = 4
-#: Matrix products work in tiles. Sections are a multiple of this many rows if there are so many, and chunks of three
-#: times as many: cuBLAS has a good tiling for each multiple of 384, and for some others only one that is 20 % slower.
-TILE_ROWS = 128
-#: If a larger share of a section's rows cannot be sparse, all of them are dense.
-DENSE_SHARE = 0.5
-#: So too if sparse rows have more elements than these, on average over a section: those with few, those with many.
-#: About so many cost what dense rows do: any at all cost a sum over the weight more.
-SHORT_ON_AVERAGE, LONG_ON_AVERAGE = 256, 64
-#: What an element takes.
-ELEMENT_BYTES = 12
-#: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
-PASSING_ROWS = 9 * TILE_ROWS
-LAUNCH_ROWS = 64 * TILE_ROWS
+from grpo_fast.ops._workspace import Sum, even, row_width, rows_at_a_time
 
 
 class Needs(NamedTuple):
@@ -62,16 +42,17 @@ class Needs(NamedTuple):
 
 
 def fake_gradients(
-    needs: Needs, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    needs: Needs, hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_in_float32: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors like those that ``ChunkedHead.finish`` gives, for the fakes of ops that do."""
 
-    def gradient(x: Tensor | None, needed: bool) -> Tensor:
+    def gradient(x: Tensor | None, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
         if x is None or not needed:
             return weight.new_empty(0)
-        return x.new_empty(x.shape, dtype=gradient_dtype(x))
+        return x.new_empty(x.shape, dtype=dtype or gradient_dtype(x))
 
-    return gradient(hidden, needs.hidden), gradient(weight, needs.weight), gradient(bias, needs.bias)
+    d_hidden = gradient(hidden, needs.hidden, torch.float32 if hidden_in_float32 else None)
+    return d_hidden, gradient(weight, needs.weight), gradient(bias, needs.bias)
 
 
 class Projection:
@@ -85,7 +66,7 @@ class Projection:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         self._weight, self._bias = weight, bias
-        self.logits = weight.new_empty(rows, _row_width(weight), dtype=torch.float32)[:, : weight.size(0)]
+        self.logits = weight.new_empty(rows, row_width(weight), dtype=torch.float32)[:, : weight.size(0)]
 
     def __call__(self, states: Tensor) -> Tensor:
         """(n, V) of ``states`` (n, H), which are in the precision of the weight."""
@@ -104,10 +85,11 @@ class ChunkedHead:
         weight: (V, H).
         bias: (V,), or None.
         needs: Which of the three get a gradient.
-        workspace_bytes: What the logits of a chunk and the gradients of a section may take.
+        workspace_bytes: What the logits of a chunk and the gradients of a section may take (``_workspace.py``).
         weight_grad_out: (V, H) float32 that the weight's gradient is added to; None for a tensor of its own.
         scale: A scalar that the gradients of the logits come multiplied by, so that they do not underflow.
         group: Of ranks that have a shard of the vocabulary each, over which the gradient of ``hidden`` is added up.
+        hidden_in_float32: Whether the gradient of ``hidden`` is kept in float32, because it will be scaled.
         keeps_logits: Whether there are logits in memory.
         sparse: Whether rows of the gradient may be sparse; a ``SparseGradient`` then takes those.
         logits_a_row: How many rows of logits the workspace has for each, with those ``beside`` this head's.
@@ -123,6 +105,7 @@ class ChunkedHead:
         weight_grad_out: Tensor | None = None,
         scale: Tensor | None = None,
         group: str | None = None,
+        hidden_in_float32: bool = False,
         keeps_logits: bool = True,
         sparse: bool = False,
         logits_a_row: int = 1,
@@ -135,22 +118,18 @@ class ChunkedHead:
         self.weight = weight.to(self.dtype)
         self._states = states
 
-        width = _row_width(weight)
-        kept_bytes = 4 * width * logits_a_row
-        self._chunk_rows = self._section_rows = max(workspace_bytes // kept_bytes, 1)
-        if not keeps_logits:
-            a_row = float(self.dtype.itemsize * width)
-            if sparse:  # what cannot be is set aside
-                a_row = (1.0 + DENSE_SHARE) * a_row + (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * ELEMENT_BYTES
-            self._section_rows = max(int(workspace_bytes / a_row), 1)
-            self._chunk_rows = max(self._section_rows, LAUNCH_ROWS)
-        elif rows.live == 0:
-            self._chunk_rows = min(self._chunk_rows, PASSING_ROWS)
-        elif self.dtype != torch.float32:
-            share = self._chunk_rows // LOGITS_SHARE
-            self._chunk_rows = _to_tiles(min(max(share, 3 * TILE_ROWS), share * logits_a_row))
-            left = workspace_bytes - kept_bytes * self._chunk_rows
-            self._section_rows = max(left // (self.dtype.itemsize * width), self._chunk_rows)
+        width = row_width(weight)
+        in_place = keeps_logits and self.dtype == torch.float32  # an element in the place of another
+        own_sum = needs.weight and weight_grad_out is None
+        self._chunk_rows, self._section_rows, self.aside_rows = rows_at_a_time(
+            workspace_bytes,
+            rows.live,
+            logits_bytes=4 * width * logits_a_row if keeps_logits else 0,
+            gradient_bytes=0 if in_place else self.dtype.itemsize * width,
+            weight_sum=Sum.of(weight, self.dtype) if own_sum else Sum(),
+            sparse=sparse,
+            models=logits_a_row,
+        )
         self._section = slice(0, 0)
         longest = {
             live: max((_length(section) for section, of_live in self._sections() if of_live == live), default=0)
@@ -159,8 +138,8 @@ class ChunkedHead:
         self.longest_section = longest[True]
         kept = min(max(longest.values()), self._chunk_rows) if keeps_logits else 0
         self._project = Projection(self.weight, bias, kept)
-        self._gradient = self._project.logits  # over the logits, an element in the place of another
-        if self.dtype != torch.float32 or not keeps_logits:
+        self._gradient = self._project.logits
+        if not in_place:
             self._gradient = weight.new_empty(longest[True], width, dtype=self.dtype)[:, :V]
 
         self._scale, self._group = scale, group
@@ -170,14 +149,12 @@ class ChunkedHead:
         self._d_bias: Tensor | None = None
         if needs.hidden:
             make = hidden.new_empty if rows.live == rows.count else hidden.new_zeros
-            dtype = gradient_dtype(hidden) if group is None else torch.float32
+            in_float32 = hidden_in_float32 or group is not None
+            dtype = torch.float32 if in_float32 else gradient_dtype(hidden)
             self._d_hidden = make(rows.count, H, dtype=dtype)
         self.needs = needs
         self._weight_dtype = gradient_dtype(weight)
         self._weight_grad_out = weight_grad_out
-        # Added up in float32, unless one product gives it all.
-        direct = rows.live <= self._section_rows and self._weight_dtype == self.dtype and not sparse
-        self._total_dtype = self._weight_dtype if direct else torch.float32
         if needs.weight and weight_grad_out is not None:
             self._d_weight = weight_grad_out if scale is None else weight_grad_out.mul_(scale)
         if needs.bias:
@@ -192,7 +169,7 @@ class ChunkedHead:
 
     def _sections(self) -> Iterator[tuple[slice, bool]]:
         live = self.rows.live
-        for section in _steps(slice(0, live), _even(live, self._section_rows)):
+        for section in _steps(slice(0, live), even(live, self._section_rows)):
             yield section, True
         for section in _steps(slice(live, self.rows.total), self._chunk_rows):
             yield section, False
@@ -233,7 +210,9 @@ class ChunkedHead:
                 self.put_hidden(self._section, self._hidden_rows(gradient))
             if self._section.stop == self.rows.live:
                 self._reduce_hidden()  # while the last section's product with the weight is computed
-        self._add_to_weight(gradient, self._x)
+        # Added up in float32, unless this product gives it all.
+        alone = gradient.size(0) == self.rows.live and self._weight_dtype == self.dtype
+        self._add_to_weight(gradient, self._x, self._weight_dtype if alone else torch.float32)
 
     def _hidden_rows(self, gradient: Tensor) -> Tensor:
         d_rows = gradient.new_empty(gradient.size(0), self.weight.size(1), dtype=torch.float32)
@@ -242,10 +221,10 @@ class ChunkedHead:
             d_rows /= self._scale
         return d_rows
 
-    def _add_to_weight(self, gradient: Tensor, x: Tensor) -> None:
+    def _add_to_weight(self, gradient: Tensor, x: Tensor, total_dtype: torch.dtype) -> None:
         if self.needs.weight:
             if self._d_weight is None:
-                self._d_weight = self.weight.new_empty(self.weight.shape, dtype=self._total_dtype)
+                self._d_weight = self.weight.new_empty(self.weight.shape, dtype=total_dtype)
                 product(gradient.t(), x, self._d_weight)
             else:
                 add_product(gradient.t(), x, self._d_weight)
@@ -268,7 +247,7 @@ class ChunkedHead:
         if self.needs.hidden:
             self.put_hidden(which, self._hidden_rows(gradient))
         if self.needs.weight or self.needs.bias:
-            self._add_to_weight(gradient, self.all_states().index_select(0, which))
+            self._add_to_weight(gradient, self.all_states().index_select(0, which), torch.float32)
 
     def weight_total(self) -> tuple[Tensor | None, Tensor]:
         """(the sum so far of the weight's gradient, if any; where to write it with what is added last)."""
@@ -291,9 +270,13 @@ class ChunkedHead:
         if self._group is not None and self._d_hidden is not None:
             self._reduction = dist.all_reduce(self._d_hidden, group=resolve(self._group), async_op=True)
 
+    def release(self) -> None:
+        """Give back the memory of logits and gradients, once there are no more."""
+        self._gradient = self._project.logits = self.weight.new_empty(0)
+
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of hidden, weight and bias, in ``gradient_dtype``; empty where there is none to hand out."""
-        del self._project, self._gradient  # their memory, before the weight's gradient is rounded
+        """The gradients of hidden, weight and bias, in the precision kept; empty where there is none to hand out."""
+        self.release()  # before the weight's gradient is rounded
         d_hidden, d_weight, d_bias = (self.weight.new_empty(0) for _ in range(3))
         for total in (self._d_weight, self._d_bias):
             if total is not None and self._scale is not None:
@@ -312,47 +295,14 @@ class ChunkedHead:
         return d_hidden, d_weight, d_bias
 
 
-def _row_width(weight: Tensor) -> int:
-    """How far apart rows of logits of ``weight`` (V, H) lie.
-
-    On a GPU they begin at multiples of 16 bytes, whatever V is. On a CPU torch's product in bfloat16 may read what
-    fills them up.
-    """
-    V = weight.size(0)
-    return -(-V // 8) * 8 if weight.is_cuda else V
-
-
 def _length(rows: slice) -> int:
     return int(rows.stop - rows.start)
-
-
-def _to_tiles(rows: int) -> int:
-    """About so many rows, at least 1, that make whole tiles."""
-    tile = 3 * TILE_ROWS if rows >= 2 * TILE_ROWS else TILE_ROWS
-    return max(rows if rows < tile // 2 else round(rows / tile) * tile, 1)
-
-
-def _even(rows: int, most: int) -> int:
-    """How many rows a part has if there are at most so many in each and, but for tiles, equal numbers."""
-    even = -(-rows // max(-(-rows // most), 1))
-    return max(min(-(-even // TILE_ROWS) * TILE_ROWS, most), 1)
 
 
 def _steps(rows: slice, size: int) -> Iterator[slice]:
     """``rows`` in parts of so many."""
     for start in range(rows.start, rows.stop, size):
         yield slice(start, min(start + size, rows.stop))
-
-
-def check_workspace(workspace_bytes: object) -> int:
-    """Check a number of bytes, or give the default."""
-    if workspace_bytes is None:
-        return WORKSPACE_BYTES
-    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
-        raise TypeError(f"workspace_bytes: got {workspace_bytes!r}, want an int or None")
-    if workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes: got {workspace_bytes}, want at least 1")
-    return workspace_bytes
 
 
 def wanted(*inputs: Tensor | None) -> list[bool]:

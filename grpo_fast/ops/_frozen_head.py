@@ -23,8 +23,8 @@ def logps_of_frozen_head(
 ) -> tuple[Tensor, Tensor]:
     """(logps, entropy) of ``hidden`` (..., H), shaped like ``index``; the log-probs alone are differentiable.
 
-    Their gradients by the hidden states are made along with them, two products in all, and kept until the backward
-    in ``gradient_dtype``. The other form makes the logits again, and takes three.
+    Their gradients by the hidden states are made along with them, two products in all, and kept until the backward,
+    in float32, as they are rounded once they are scaled. The other form makes the logits again, and takes three.
     """
     mask, live = (None if x is None else x.reshape(-1).bool() for x in (mask, live))
     weights = hidden.new_ones(index.numel(), dtype=torch.float32) if mask is None else mask.float()
@@ -37,6 +37,7 @@ def logps_of_frozen_head(
         weights,
         live=live,
         needs=[True, False, False],
+        hidden_in_float32=True,
         sparse_grad_tol=None,
         **options,
     )

@@ -34,11 +34,12 @@ def _fake_token_loss(
     index: Tensor,
     *_: Any,
     needs: list[bool],
+    hidden_in_float32: bool,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kept = Needs(needs[0], needs[1] and weight_grad_out is None, needs[2])
     rows = weight.new_empty(ROW_RESULTS, index.numel(), dtype=torch.float32)
-    return rows, *fake_gradients(kept, hidden, weight, bias)
+    return rows, *fake_gradients(kept, hidden, weight, bias, hidden_in_float32)
 
 
 @mutating_op("linear_token_loss", mutates="weight_grad_out", fake=_fake_token_loss)
@@ -60,6 +61,7 @@ def linear_token_loss(
     entropy_items: Tensor | None,
     *,
     needs: list[bool],
+    hidden_in_float32: bool,
     impl: str,
     workspace_bytes: int,
     allow_sync: bool,
@@ -84,7 +86,8 @@ def linear_token_loss(
 
     ``hidden`` is (B, T, H), ``weight`` (V, H), the others are per token (N,), contiguous, or scalars. Rows that
     ``mask`` drops are not projected, those out of ``live`` have no gradient. ``needs`` says which gradients are
-    computed; the others are empty, and so is the weight's if it went to ``weight_grad_out``.
+    computed; the others are empty, and so is the weight's if it went to ``weight_grad_out``. They are in
+    ``gradient_dtype``, but that of ``hidden`` may be asked for in float32.
     """
     kernels = row_kernels(impl)
     wants = Needs(*needs)
@@ -113,6 +116,7 @@ def linear_token_loss(
             workspace_bytes,
             weight_grad_out,
             scale,
+            hidden_in_float32=hidden_in_float32,
             keeps_logits=linear is None,
             sparse=sparse_grad_tol is not None,
         )
@@ -229,7 +233,7 @@ def cross_entropy_rows(
     weight_grad_out: Tensor | None = None,
     *,
     live: Tensor | None = None,
-    needs: list[bool],
+    hidden_in_float32: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(-logp times its weight, entropy, gradients of the first's sum over the live); mask, weights, live: flat."""
@@ -245,7 +249,7 @@ def cross_entropy_rows(
         token_weights,
         torch.zeros_like(token_weights),
         *[None] * 5,
-        needs=needs,
+        hidden_in_float32=hidden_in_float32,
         **term_options(_CROSS_ENTROPY),
         **options,
     )

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._chunks import DENSE_SHARE, LONG_ON_AVERAGE, SHORT_ON_AVERAGE, ChunkedHead
+from grpo_fast.ops._chunks import ChunkedHead
 from grpo_fast.ops._row_kernels import LinearKernels
 from grpo_fast.ops._rows import begin_to_read
+from grpo_fast.ops._workspace import DENSE_SHARE, LONG_ON_AVERAGE, SHORT_ON_AVERAGE
 
 #: Elements of a short row and of a long one at most. Any dense row costs a sum over the weight, so a few long rows
 #: are better sparse; if there are many, they are dense.
@@ -62,7 +63,7 @@ class SparseGradient:
         """Take a section unless most of it is too flat."""
         n = part.stop - part.start
         room = SHORT_ON_AVERAGE * n, LONG_ON_AVERAGE * n
-        most_dense = int(DENSE_SHARE * n)
+        most_dense = min(int(DENSE_SHARE * n), self._head.aside_rows)
         keys, values = self._keys[: sum(room)], self._values[: sum(room)]
         found = exponentials.sparse(
             self._tolerance,
@@ -106,7 +107,8 @@ class SparseGradient:
 
     def _set_aside(self, gradient: Tensor, which: Tensor, first_row: int) -> None:
         if self._aside is None:
-            most = int(DENSE_SHARE * self._head.longest_section)
+            last = first_row + gradient.size(0) == self._head.rows.live
+            most = which.numel() if last else self._head.aside_rows
             self._aside = gradient.new_empty(most, gradient.stride(0))[:, : gradient.size(1)]
         before = self._numbers.numel()
         if before + which.numel() > self._aside.size(0):
@@ -131,6 +133,7 @@ class SparseGradient:
         self._last.clear()
         found = [torch.cat(x) for x in zip(*self._taken, strict=True)]
         self._taken.clear()
+        self._head.release()
         self._backpropagate_aside()
         del self._keys, self._values, self._aside  # their memory, before the elements are sorted
         if not found:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import FLOATS, IDS, Shapes, check_choice, check_logits_options, check_positive
-from grpo_fast.ops._chunks import check_workspace, wanted
+from grpo_fast.ops._chunks import wanted
 from grpo_fast.ops._linear_logps import linear_logps
 from grpo_fast.ops._linear_token_loss import check_weight_grad_out, cross_entropy_rows, known_gradients
 from grpo_fast.ops._sparse import check_sparse_grad_tol
 from grpo_fast.ops._vocabulary_parallel import local_shards
+from grpo_fast.ops._workspace import check_workspace
 from grpo_fast.ops.linear_selective_log_softmax import check_head, most_precise
 
 Reduction = Literal["mean", "sum", "none"]

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import MASKS, Shapes, check_choice, check_logits_options
-from grpo_fast.ops._chunks import check_workspace, wanted
+from grpo_fast.ops._chunks import wanted
 from grpo_fast.ops._linear_divergence import linear_divergence
 from grpo_fast.ops._linear_token_loss import known_gradients
 from grpo_fast.ops._rows import as_rows
+from grpo_fast.ops._workspace import check_workspace
 from grpo_fast.ops.linear_cross_entropy import Reduction, check_num_items, divisor, reduce_tokens
 from grpo_fast.ops.linear_selective_log_softmax import check_head, most_precise
 from grpo_fast.reference import linear_divergence_ref

@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo_fast import backend
 from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_choice, check_logits_options
-from grpo_fast.ops._chunks import check_workspace, wanted
+from grpo_fast.ops._chunks import wanted
 from grpo_fast.ops._linear_logps import linear_logps
 from grpo_fast.ops._linear_token_loss import check_weight_grad_out, known_gradients, linear_token_loss, sum_rows
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
@@ -19,6 +19,7 @@ from grpo_fast.ops._rows import as_rows
 from grpo_fast.ops._sparse import check_sparse_grad_tol
 from grpo_fast.ops._token_loss import name_results, term_options, threshold_tensor
 from grpo_fast.ops._vocabulary_parallel import local_shards
+from grpo_fast.ops._workspace import check_workspace
 from grpo_fast.ops.linear_selective_log_softmax import check_head, most_precise
 from grpo_fast.reference import accumulation_dtype, token_weights
 
@@ -91,9 +92,11 @@ def linear_grpo_loss(
         weight_grad_out: (V, H) float32 that the weight's gradient is added to, without a rounding, in place of
             ``weight.grad``. That happens in the forward, so the loss must be scaled by its own options
             (``num_items_in_batch``): an upstream gradient other than 1 is an error on the device. Kernels only.
-        workspace_bytes: What the logits in memory at a time may take, with their gradient; None is 2 GiB. Beside it,
-            a ``weight`` in half precision whose gradient takes several chunks needs (V, H) in float32, unless
-            ``weight_grad_out`` is given. The ``"torch"`` implementation has chunks of its own.
+        workspace_bytes: What the logits in memory at a time may take, with their gradient; None is 2 GiB. On top of
+            it the gradient of a bfloat16 ``weight`` is added up in (V, H) float32, unless ``weight_grad_out`` is
+            given. Room that this leaves anyway is used too, whatever the workspace: that of the rounded gradient,
+            which comes last, and that of the sum where all tokens fit at once, without one. The ``"torch"``
+            implementation has chunks of its own.
         allow_sync: The host waits for the GPU to learn how many tokens count. If it may not, or while a CUDA graph is
             captured, every token is projected; the result is the same.
         sparse_grad_tol: The expected error of the gradient of the logits, relative to itself in the L2 norm: 1e-4 to
@@ -250,6 +253,7 @@ def _fused(
         threshold_tensor(batch),
         entropy_items,
         needs=needs,
+        hidden_in_float32=False,
         label_smoothing=0.0,
         **term_options(c),
         **logits_options,

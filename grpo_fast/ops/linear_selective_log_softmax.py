@@ -7,10 +7,10 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
-from grpo_fast.ops._chunks import check_workspace
 from grpo_fast.ops._linear_logps import linear_logps
 from grpo_fast.ops._sparse import check_sparse_grad_tol
 from grpo_fast.ops._vocabulary_parallel import local_shards
+from grpo_fast.ops._workspace import check_workspace
 
 
 def linear_selective_log_softmax(
