@@ -248,8 +248,8 @@ def test_rows_that_are_too_long_and_too_many() -> None:
     assert torch.equal(few.counts, counts.where(counts <= middle, -1))
     assert 0 < few.totals[2] < 40
     # As few rows are all sampled, whether they are too flat is known ahead of the search.
-    short, long = few.totals[:2]
-    for limits in ({"room": (short - 1, long)}, {"room": (short, long - 1), "most_dense": 39}, {"most_dense": 0}):
+    short, long, _, dense = few.totals
+    for limits in ({"room": (short - 1, long)}, {"room": (short, long - 1), "most_dense": dense}, {"most_dense": 0}):
         assert sparse_rows(left, 1e-3, (middle - 3, middle), **limits).totals == [0, 0, 0, 40]
     assert sparse_rows(left, 1e-3, (middle - 3, middle), room=(short, long)).totals == few.totals
 
