@@ -213,8 +213,8 @@ struct SparseSample {
   SparseTotals totals[kSparsePowers];               // with a threshold of 2^-1, 2^-2 and so on
 };
 
-// Rows of the gradient as some of their elements: of a row together, in the order of the words; those of short rows,
-// then, after the room for these, of long ones.
+// Rows of the gradient as some of their elements: of a row together, in the order of the words. Those of short rows end
+// where their room does, and those of long ones begin there.
 struct SparseRows {
   int64_t* keys;  // an element's word times 2^32, plus its row, the first being `first_row`; and kRaisedKey
   float* values;
@@ -240,7 +240,7 @@ struct Entries {
   const int64_t *starts, *ends;
   const int32_t* index;
   const float* weights;
-  SparseLimits limits;  // nothing is written if they are passed
+  SparseLimits limits;  // nothing is written if they are passed; long rows are 0 if there is no room for all of them
 };
 
 // out (rows, width), in float32 or bfloat16: sums of rows of a bfloat16 matrix, and `base` (rows, width) if not null,

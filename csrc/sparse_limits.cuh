@@ -6,6 +6,11 @@
 
 namespace grpo_fast {
 
+// Whether there was room for all long rows, after the search. Where there was not, they are dense.
+__device__ inline bool had_room(const SparseLimits& limits) {
+  return limits.totals == nullptr || limits.totals->in_long <= limits.long_room;
+}
+
 // Whether limits are passed if the totals of so many rows are those of all.
 __device__ inline bool are_passed(const SparseLimits& limits, const SparseTotals& totals, int rows, int all) {
   const auto of_all = [&](unsigned long long some) { return some * static_cast<unsigned>(all); };

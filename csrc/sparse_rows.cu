@@ -254,8 +254,8 @@ __device__ int64_t add_row(const SparseRows& out, int power, int kept, SparseTot
 __device__ int64_t take_room(const SparseRows& out, int n, int power, int kept) {
   const int64_t before = add_row(out, power, kept, *out.limits.totals);
   const bool is_long = kept > out.short_most;
-  const int64_t room = is_long ? out.limits.long_room : out.limits.short_room;
-  const int64_t place = before + (is_long ? out.limits.short_room : 0);
+  const int64_t border = out.limits.short_room, room = is_long ? out.limits.long_room : border;
+  const int64_t place = is_long ? border + before : border - before - kept;
   const bool fits = before >= 0 && before + kept <= room;
   fits ? put_row(out, n, place, place + kept) : put_row(out, n, 0, -1);
   return kept == 0 || !fits ? -1 : place;

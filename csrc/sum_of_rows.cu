@@ -65,7 +65,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int each = (sums + kWarps - 1) / kWarps, before = blockIdx.x * sums + warp * each, mine = before + lane;
   const int after = min(min(before + each, static_cast<int>(blockIdx.x + 1) * sums), rows);
   const bool has_one = mine < after;
-  const int64_t begin = has_one ? entries.starts[mine] : 0, end = has_one ? entries.ends[mine] : 0;
+  const int64_t begin = has_one ? entries.starts[mine] : 0;
+  const bool is_dense = begin >= static_cast<int64_t>(entries.limits.short_room) && !had_room(entries.limits);
+  const int64_t end = has_one && !is_dense ? entries.ends[mine] : 0;
   for (int i = 0; before + i < after; ++i) {
     const int64_t first = __shfl_sync(~0u, begin, i), last = __shfl_sync(~0u, end, i);
     if (last - first > kFew) {

@@ -25,11 +25,16 @@ def takes(hidden: Tensor, weight: Tensor) -> bool:
 
     That is both in the same half precision, in rows at multiples of 16 bytes that do not overlap, on Hopper.
     """
-    capability = torch.cuda.get_device_capability(hidden.device)
     half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
     aligned = all(x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
     aligned = aligned and all(x.stride(0) >= x.size(1) for x in (hidden, weight))
-    return capability == (9, 0) and "90a" in _C.architectures.split() and half and aligned
+    return half and aligned and _is_hopper(hidden.device.index)
+
+
+@functools.cache
+def _is_hopper(device: int) -> bool:
+    """Whether the GPU can run code for Hopper alone, and there is some."""
+    return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in _C.architectures.split()
 
 
 def linear_logps_fwd(
@@ -132,13 +137,13 @@ class Exponentials:
 
         Rows are short, or long, or dense, which have none. If there is no room for the elements of all long ones,
         they are to be dense too. Limits are passed if there is none for those of the short rows, or too many rows are
-        dense.
+        dense; whether they will be is asked of some rows ahead of the search.
 
         Args:
             tolerance: The expected error, in the L2 norm relative to the gradient.
             keys, elements: int64 and float32 of one length, to be written: an element's word times 2^32 plus its row,
-                less 2^63 if it was raised to the threshold; and its value. First those of short rows, then, after the
-                room for these, of long ones.
+                less 2^63 if it was raised to the threshold; and its value. Those of short rows end where their room
+                does, those of long ones begin there.
             first_row: The number of the first row.
             most: Elements of a short row, and of a long one.
             room: For elements of short rows, and of long ones.
@@ -303,7 +308,7 @@ def sum_of_rows(
         weights: (entries,) float32.
         matrix: (any, H) bfloat16, rows at multiples of 16 bytes.
         base: (R, H) float32, contiguous, which may be ``out``; or None for nothing.
-        limits: If these are passed, nothing is written.
+        limits: If these are passed, nothing is written; long rows are 0 if there was no room for all of them.
 
     Raises:
         RuntimeError: The kernel was not launched.
@@ -361,13 +366,14 @@ def _as_vector(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _buffers(hidden: Tensor) -> tuple[Tensor, ...]:
     """Of float32: a base and four slopes a row, and what each lane of the product finds of it."""
-    lanes = _C.linear_lanes(hidden.size(0), _multiprocessors(hidden))
+    lanes = _C.linear_lanes(hidden.size(0), _multiprocessors(hidden.device.index))
     return tuple(hidden.new_empty(hidden.size(0), k, dtype=torch.float32) for k in (1, 4, 4 * lanes))
 
 
@@ -396,6 +402,6 @@ def _head(
         V=weight.size(0),
         H=weight.size(1),
         ids=values(index),
-        multiprocessors=_multiprocessors(hidden),
+        multiprocessors=_multiprocessors(hidden.device.index),
         **logit_options(temperature, logit_scale, softcap),
     )

@@ -24,11 +24,16 @@ THRESHOLD = 0.5
 ZERO, FEW, MANY, ALL = 0, 3, 8, V
 
 
+class Limits(NamedTuple):
+    passed: bool
+    first_dense: int | None  # the place of long rows, if there is no room for all of them
+
+
 class Found(NamedTuple):
     starts: Tensor
     ends: Tensor
     totals: Tensor
-    limits: bool  # whether they are passed
+    limits: Limits
 
 
 @dataclass
@@ -74,7 +79,8 @@ class StandIn:
             if kept > most[1]:
                 totals[3] += 1
             else:
-                start, totals[is_long] = totals[is_long] + is_long * room[0], totals[is_long] + kept
+                start = room[0] + totals[1] if is_long else room[0] - totals[0] - kept
+                totals[is_long] += kept
                 totals[2] += is_long
             if kept <= most[1] and totals[is_long] <= room[is_long]:
                 starts[row], ends[row] = start, start + kept
@@ -84,7 +90,7 @@ class StandIn:
                 elements[start : start + kept] = values
             in_short, in_long, longs, dense = totals
             passed = in_short > room[0] or dense + (longs if in_long > room[1] else 0) > most_dense
-        return Found(starts, ends, torch.tensor(totals), passed)
+        return Found(starts, ends, torch.tensor(totals), Limits(passed, room[0] if totals[1] > room[1] else None))
 
 
 def sum_of_rows(
@@ -95,10 +101,12 @@ def sum_of_rows(
     weights: Tensor,
     matrix: Tensor,
     base: Tensor | None = None,
-    limits: bool = False,
+    limits: Limits | None = None,
 ) -> None:
-    if limits:
+    if limits is not None and limits.passed:
         return
+    if limits is not None and limits.first_dense is not None:
+        ends = ends.where(starts < limits.first_dense, 0)
     assert index.stride() == (2,)
     assert out.is_contiguous()
     assert starts.max() <= weights.numel(), "of a search that ended early"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._library import mutating_op, overwritten
+from grpo_fast.ops._library import overwritten, plain_op
 from grpo_fast.ops._row_kernels import row_kernels
 from grpo_fast.ops._rows import as_rows
 
@@ -40,7 +40,7 @@ def _fake_scale_gradient(gradient: Tensor, factor: Tensor, impl: str) -> None:
     return None
 
 
-@mutating_op("scale_gradient", mutates="gradient", fake=_fake_scale_gradient)
+@plain_op("scale_gradient", mutates="gradient", fake=_fake_scale_gradient)
 def _scale_gradient(gradient: Tensor, factor: Tensor, impl: str) -> None:
     """Multiply ``gradient`` (..., V) by the scalar ``factor``, unread on the host; 1 costs only a launch."""
     row_kernels(impl).scale_gradient(gradient, factor)

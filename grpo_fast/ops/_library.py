@@ -1,4 +1,4 @@
-"""Registration of ops that write into one of their arguments.
+"""Registration of ops that have no derivative of their own.
 
 ``torch.library.custom_op`` does the same with more checks at each call; over the thirty arguments of the loss those
 take longer than its launches do.
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 
-def mutating_op(name: str, *, mutates: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register the decorated function as the op ``grpo_fast::name``, which overwrites its argument ``mutates``.
+def plain_op(
+    name: str, *, fake: Callable[..., Any], mutates: str | None = None
+) -> Callable[[Callable[..., Any]], Any]:
+    """Register the decorated function as the op ``grpo_fast::name``, which may overwrite its argument ``mutates``.
 
-    ``fake`` takes the same arguments and returns results of the right shapes. The op has no derivative.
+    ``fake`` takes the same arguments and returns results of the right shapes.
     """
 
     def register(fn: Callable[..., Any]) -> Any:
         qualified = f"grpo_fast::{name}"
-        torch.library.define(qualified, torch.library.infer_schema(fn, mutates_args=(mutates,)))
+        torch.library.define(qualified, torch.library.infer_schema(fn, mutates_args=(mutates,) if mutates else ()))
         torch.library.impl(qualified, ("cpu", "cuda"), fn)
         torch.library.register_fake(qualified, fake)
         return getattr(torch.ops.grpo_fast, name).default

@@ -13,7 +13,7 @@ from grpo_fast.ops._checks import Shapes
 from grpo_fast.ops._chunks import ChunkedHead, Needs, fake_gradients
 from grpo_fast.ops._known_gradient import KnownGradientFunction
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
-from grpo_fast.ops._library import mutating_op, overwritten
+from grpo_fast.ops._library import overwritten, plain_op
 from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
 from grpo_fast.ops._rows import HiddenRows, Rows, as_rows, may_wait
 from grpo_fast.ops._sparse import sparse_gradient
@@ -42,7 +42,7 @@ def _fake_token_loss(
     return rows, *fake_gradients(kept, hidden, weight, bias, hidden_in_float32)
 
 
-@mutating_op("linear_token_loss", mutates="weight_grad_out", fake=_fake_token_loss)
+@plain_op("linear_token_loss", mutates="weight_grad_out", fake=_fake_token_loss)
 def linear_token_loss(
     weight_grad_out: Tensor | None,
     hidden: Tensor,
@@ -195,7 +195,11 @@ def linear_token_loss(
         return rows.spread(results), *head.finish()
 
 
-@torch.library.custom_op("grpo_fast::sum_rows", mutates_args=())
+def _fake_sum_rows(rows: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(1 + len(METRICS))
+
+
+@plain_op("sum_rows", fake=_fake_sum_rows)
 def sum_rows(
     rows: Tensor,
     mask: Tensor | None,
@@ -213,11 +217,6 @@ def sum_rows(
         results, rows.unbind(), mask, cu_seqlens, entropy_mask, None, sequences, length, has_kl, entropy_coef
     )
     return results
-
-
-@sum_rows.register_fake
-def _(rows: Tensor, *_: Any) -> Tensor:
-    return rows.new_empty(1 + len(METRICS))
 
 
 # Beside the ops --------------------------------------------------------------------------------------------------

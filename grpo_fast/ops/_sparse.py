@@ -6,8 +6,9 @@ one of the hidden states for each element. Rows with too many elements stay dens
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +25,25 @@ SHORT, LONG = 512, 16_384
 MOST_WORDS = 262_144
 
 
+class Buffers(NamedTuple):
+    """Memory, and what does not depend on the rows.
+
+    Attributes:
+        keys, values: The pool, where a section's elements go: their words and rows as one number, to sort by; and
+            their values.
+        least_keys: (V + 1,), the least that a word can have, and one behind the last word.
+    """
+
+    keys: Tensor
+    values: Tensor
+    least_keys: Tensor
+
+
 class SparseGradient:
     """Takes from a head's sections the rows that are sparse.
 
     Of each section the host waits for its totals: whether enough of it is sparse, and whether its long rows are.
-    Meanwhile the GPU takes short rows to the hidden states, in vain if it is not, and elements are copied once the
+    Meanwhile the GPU takes the rows to the hidden states, in vain if they are not, and elements are copied once the
     next section's product is under way: the GPU is not to wait for the host. Dense rows are set aside until there are
     many, so that most calls have one product with them, if any.
 
@@ -44,11 +59,17 @@ class SparseGradient:
         self._taken: list[tuple[Tensor, Tensor]] = []
         self._last: list[tuple[Tensor, Tensor]] = []  # the last section's elements, still in the pool
         self._aside: Tensor | None = None  # gradients of dense rows
-        self._numbers = torch.empty(0, dtype=torch.int64, device=head.weight.device)  # of those rows
-        # The pool, where a section's elements go: their words and rows as one number, to sort by; and their values.
-        room = (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * head.longest_section
-        self._keys = head.weight.new_empty(room, dtype=torch.int64)
-        self._values = head.weight.new_empty(room, dtype=torch.float32)
+        self._numbers: list[Tensor] = []  # of those rows
+
+    @functools.cached_property
+    def _buffers(self) -> Buffers:
+        """Made when the first product is under way."""
+        V, room = self._head.weight.size(0), (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * self._head.longest_section
+        return Buffers(
+            keys=self._head.weight.new_empty(room, dtype=torch.int64),
+            values=self._head.weight.new_empty(room, dtype=torch.float32),
+            least_keys=torch.arange(0, (V << 32) + 1, 1 << 32, device=self._head.weight.device),
+        )
 
     def backpropagate(self, part: slice, exponentials: Any) -> None:
         """Take a section to hidden states, weight and bias."""
@@ -62,9 +83,9 @@ class SparseGradient:
     def _take(self, part: slice, exponentials: Any) -> bool:
         """Take a section unless most of it is too flat."""
         n = part.stop - part.start
-        room = SHORT_ON_AVERAGE * n, LONG_ON_AVERAGE * n
+        room = border, _ = SHORT_ON_AVERAGE * n, LONG_ON_AVERAGE * n
         most_dense = min(int(DENSE_SHARE * n), self._head.aside_rows)
-        keys, values = self._keys[: sum(room)], self._values[: sum(room)]
+        keys, values = (x[: sum(room)] for x in self._buffers[:2])
         found = exponentials.sparse(
             self._tolerance,
             keys,
@@ -74,54 +95,45 @@ class SparseGradient:
             room=room,
             most_dense=most_dense,
         )
-        starts, ends, needs = found.starts, found.ends, self._head.needs
-        is_long = ends - starts > SHORT
+        starts, ends, needs, weight = found.starts, found.ends, self._head.needs, self._head.weight
         totals = begin_to_read(found.totals)
         if needs.hidden:
-            d_rows = self._times_weight(starts, torch.where(is_long, starts, ends), found.limits)
-            self._head.put_hidden(part, d_rows)  # 0 for the other rows, until they are taken there
+            d_rows = weight.new_empty(n, weight.size(1))
+            self._sum_of_rows(d_rows, starts, ends, _words(keys), values, weight, limits=found.limits)
+            self._head.put_hidden(part, d_rows)  # 0 for dense rows, until they are taken there
         in_short, in_long, longs, dense = totals()
         if in_long > room[1]:  # there is none for all long rows: they are dense
-            ends = torch.where(is_long, starts - 1, ends)
-            in_long, longs, dense = 0, 0, dense + longs
+            ends = torch.where(ends - starts > SHORT, starts - 1, ends)
+            in_long, dense = 0, dense + longs
         if in_short > room[0] or dense > most_dense:
             return False
-        if longs > 0 and needs.hidden:
-            which = torch.nonzero_static(is_long, size=longs).squeeze(1)
-            self._head.put_hidden(which + part.start, self._times_weight(starts[which], ends[which]))
-        if needs.weight or needs.bias:
-            lots = slice(0, in_short), slice(room[0], room[0] + in_long)
-            self._last = [(keys[lot], values[lot]) for lot in lots if lot.stop > lot.start]
+        if (needs.weight or needs.bias) and in_short + in_long > 0:
+            lot = slice(border - in_short, border + in_long)
+            self._last = [(keys[lot], values[lot])]
         if dense > 0:
             which = torch.nonzero_static(ends < starts, size=dense).squeeze(1)
             exponentials.gradient(which)
             self._set_aside(self._head.gradient(part), which, part.start)
         return True
 
-    def _times_weight(self, starts: Tensor, ends: Tensor, limits: Any = None) -> Tensor:
-        """The gradients (n, H) of the hidden states of rows whose elements lie there."""
-        weight = self._head.weight
-        d_rows = weight.new_empty(starts.numel(), weight.size(1))
-        self._sum_of_rows(d_rows, starts, ends, _words(self._keys), self._values, weight, limits=limits)
-        return d_rows
-
     def _set_aside(self, gradient: Tensor, which: Tensor, first_row: int) -> None:
         if self._aside is None:
             last = first_row + gradient.size(0) == self._head.rows.live
             most = which.numel() if last else self._head.aside_rows
             self._aside = gradient.new_empty(most, gradient.stride(0))[:, : gradient.size(1)]
-        before = self._numbers.numel()
+        before = sum(x.numel() for x in self._numbers)
         if before + which.numel() > self._aside.size(0):
             self._backpropagate_aside()
             before = 0
         torch.index_select(gradient, 0, which, out=self._aside[before : before + which.numel()])
-        self._numbers = torch.cat([self._numbers, which + first_row])
+        self._numbers.append(which + first_row)
 
     def _backpropagate_aside(self) -> None:
         """Take what is set aside to hidden states, weight and bias."""
-        if self._aside is not None and self._numbers.numel() > 0:
-            self._head.backpropagate_rows(self._aside[: self._numbers.numel()], self._numbers)
-        self._numbers = self._numbers[:0]
+        if self._aside is not None:
+            numbers = _joined(self._numbers)
+            self._head.backpropagate_rows(self._aside[: numbers.numel()], numbers)
+        self._numbers.clear()
 
     def finish(self) -> None:
         """Add what was taken to the gradients of weight and bias, in the order of the words, then of the rows.
@@ -129,28 +141,30 @@ class SparseGradient:
         But for what was raised: small elements have no common direction here, as they have in the hidden states'
         gradient, and are less of an error if they are left out.
         """
-        self._taken += self._last
-        self._last.clear()
-        found = [torch.cat(x) for x in zip(*self._taken, strict=True)]
+        found = [*self._taken, *self._last]
         self._taken.clear()
+        self._last.clear()
         self._head.release()
         self._backpropagate_aside()
-        del self._keys, self._values, self._aside  # their memory, before the elements are sorted
+        self._aside = None  # its memory, before the elements are sorted
         if not found:
             return
-        keys, values = found
+        keys, values = (_joined(x) for x in zip(*found, strict=True))
         del found
         keys, order = keys.sort()
         values = values[order]
         if self._head.needs.weight:
             total, d_weight = self._head.weight_total()
-            words = torch.arange(0, (d_weight.size(0) << 32) + 1, 1 << 32, device=keys.device)
-            bounds = torch.searchsorted(keys, words)  # what was raised is negative, ahead of the first word
+            bounds = torch.searchsorted(keys, self._buffers.least_keys)  # raised ones are negative, ahead of all
             states = self._head.all_states()
             self._sum_of_rows(d_weight, bounds[:-1], bounds[1:], _rows(keys), values, states, total)
         if self._head.needs.bias:
             words = _words(keys) & (2**31 - 1)  # each its own: if all were one, a warp would have to add them up
             self._head.add_to_bias(words.long(), values.where(keys >= 0, 0.0))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _rows(keys: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from grpo_fast import backend
 from grpo_fast.config import GRPOLossConfig
 from grpo_fast.ops._checks import Shapes, check_logits_options, check_vocabulary
 from grpo_fast.ops._known_gradient import KnownGradientFunction
-from grpo_fast.ops._library import gradient_buffer, mutating_op, overwritten
+from grpo_fast.ops._library import gradient_buffer, overwritten, plain_op
 from grpo_fast.ops._loss_batch import GRPOLossOutput, LossBatch
 from grpo_fast.ops._row_kernels import row_kernels
 from grpo_fast.ops._token_loss import METRICS, name_results, term_options, threshold_tensor
@@ -215,7 +215,7 @@ def _fake_grpo_loss(
     return logps.new_empty(1 + len(METRICS)), logps, entropy
 
 
-@mutating_op("grpo_loss", mutates="gradient", fake=_fake_grpo_loss)
+@plain_op("grpo_loss", mutates="gradient", fake=_fake_grpo_loss)
 def _grpo_loss(
     gradient: Tensor | None,
     logits: Tensor | None,
