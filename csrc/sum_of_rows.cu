@@ -12,7 +12,7 @@ namespace {
 constexpr int kAtOnce = 4;
 constexpr int kWarps = 16, kMostSums = 4 * kWarps;  // of a block
 constexpr int kSlice = 8 * 32, kFew = 32;
-constexpr int kBlocks = 1024;  // for which blocks have fewer sums
+constexpr int kBlocks = 2048;  // for which blocks have fewer sums
 
 __device__ inline void put_together(float* to, const float (&x)[8]) {
 #pragma unroll
