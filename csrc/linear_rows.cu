@@ -8,8 +8,9 @@
 namespace grpo_fast {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kVectorsAThread = 4;
+constexpr int kVectorsABlock = kThreads * kVectorsAThread;
 
 // A row's softmax, from what the lanes found.
 __device__ Softmax softmax(const Head& head, const float4* partials, int lanes, int n) {
@@ -66,12 +67,17 @@ cudaError_t launch_by_row(Kernel* kernel, const Head& head, cudaStream_t stream,
   return cudaGetLastError();
 }
 
-// Block (n, slice), of all rows or of those in `which`: each exponential is read once and the gradient written in its
-// place.
+__host__ __device__ inline int slices_of(const Head& head) {
+  return static_cast<int>((int64_t(head.V) + 8 * kVectorsABlock - 1) / (8 * kVectorsABlock));
+}
+
+// A block a slice of a row, of all rows or of those in `which`: each exponential is read once and the gradient written
+// in its place. Neighbouring blocks are at neighbouring slices.
 template <bool kTilt>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(const Head head, const Exponentials exponentials, const Slopes* all, const int64_t* which) {
-  const int n = which == nullptr ? blockIdx.x : static_cast<int>(which[blockIdx.x]), vectors = (head.V + 7) / 8;
+  const int vectors = (head.V + 7) / 8, slices = slices_of(head), place = blockIdx.x / slices;
+  const int n = which == nullptr ? place : static_cast<int>(which[place]);
   const float inner = head.options.slope * kLog2e;
   const Slopes slopes = all[n];
   const float up = exponentials.bases[n] - slopes.shift, factor = exp2f(up);
@@ -79,33 +85,31 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t id = integer(head.ids, n);
   uint4* const row = reinterpret_cast<uint4*>(exponentials.values + n * exponentials.stride);
 
-  const int step = kThreads * gridDim.y;
-  for (int first = blockIdx.y * kThreads + threadIdx.x; first < vectors; first += step * kVectorsAThread) {
-    uint4 raw[kVectorsAThread] = {};
+  const int first = blockIdx.x % slices * kVectorsABlock + threadIdx.x;
+  uint4 raw[kVectorsAThread] = {};
 #pragma unroll
-    for (int j = 0; j < kVectorsAThread; ++j) {
-      if (!zero && !far && first + j * step < vectors) raw[j] = __ldcs(&row[first + j * step]);
-    }
+  for (int j = 0; j < kVectorsAThread; ++j) {
+    if (!zero && !far && first + j * kThreads < vectors) raw[j] = __ldcs(&row[first + j * kThreads]);
+  }
 #pragma unroll
-    for (int j = 0; j < kVectorsAThread; ++j) {
-      const int vector = first + j * step;
-      if (vector >= vectors) break;
-      float x[8] = {};
-      if (!zero && !far) {
-        unpack_exponentials(raw[j], x);
+  for (int j = 0; j < kVectorsAThread; ++j) {
+    const int vector = first + j * kThreads;
+    if (vector >= vectors) break;
+    float x[8] = {};
+    if (!zero && !far) {
+      unpack_exponentials(raw[j], x);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = slopes.of_exponential<kTilt>(x[i], factor, up);
-      } else if (!zero) {
-        for (int i = 0; i < 8 && vector * 8 + i < head.V; ++i) {
-          x[i] = slopes.at<false, kTilt>(logit<__nv_bfloat16>(head, n, vector * 8 + i, 0, 1), inner, head.options);
-        }
+      for (int i = 0; i < 8; ++i) x[i] = slopes.of_exponential<kTilt>(x[i], factor, up);
+    } else if (!zero) {
+      for (int i = 0; i < 8 && vector * 8 + i < head.V; ++i) {
+        x[i] = slopes.at<false, kTilt>(logit<__nv_bfloat16>(head, n, vector * 8 + i, 0, 1), inner, head.options);
       }
-      if (!zero && id >= 0 && id / 8 == vector) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = i == id % 8 ? slopes.at_target : x[i];
-      }
-      store_together(reinterpret_cast<__nv_bfloat16*>(&row[vector]), x);
     }
+    if (!zero && id >= 0 && id / 8 == vector) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = i == id % 8 ? slopes.at_target : x[i];
+    }
+    store_together(reinterpret_cast<__nv_bfloat16*>(&row[vector]), x);
   }
 }
 
@@ -133,10 +137,8 @@ cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, 
                             const int64_t* which, int count, cudaStream_t stream) {
   if (head.hidden.dtype != DType::kBFloat16) return cudaErrorInvalidValue;
   const auto kernel = tilted ? gradient_kernel<true> : gradient_kernel<false>;
-  const int a_block = kThreads * kVectorsAThread * 8;
-  const int slices = static_cast<int>((int64_t(head.V) + a_block - 1) / a_block);
-  const dim3 grid(count, slices < 65535 ? slices : 65535);
-  kernel<<<grid, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), which);
+  const unsigned blocks = static_cast<unsigned>(count) * slices_of(head);
+  kernel<<<blocks, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), which);
   return cudaGetLastError();
 }
 
