@@ -272,20 +272,20 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "linear_log_probs",
-      [](int device, Address stream, const gf::Head& head, Address partials, Address logps, Address entropies,
-         Address shifts, Address totals) -> int {
+      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address partials,
+         Address logps, Address entropies, Address shifts, Address totals) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         auto* found = pointer<float4>(partials);
-        const cudaError_t error = gf::linear_statistics(head, {nullptr, 0, nullptr}, found, stream_of(stream));
+        const cudaError_t error = gf::linear_statistics(head, exponentials, found, stream_of(stream));
         if (error != cudaSuccess) return code(error);
         return code(gf::linear_log_probs(
             head, found,
             {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
             stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("partials"), py::arg("logps"),
-      py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("partials"),
+      py::arg("logps"), py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
 
   m.def(
       "linear_exponentials",

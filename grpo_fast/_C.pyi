@@ -152,6 +152,7 @@ def linear_log_probs(
     device: int,
     stream: int,
     head: Head,
+    exponentials: Exponentials,
     partials: int,
     logps: int,
     entropies: int,

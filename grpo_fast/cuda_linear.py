@@ -46,8 +46,12 @@ def linear_logps_fwd(
     logit_scale: float,
     softcap: float | None,
     return_entropy: bool,
+    out: Tensor | None = None,
+    bases: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logps, entropies, shifts, totals), (N,) each, of ``hidden`` (N, H) and ``weight`` (V, H).
+
+    Where ``out`` (N, V) is given, what ``linear_exponentials`` would leave there is left, and in ``bases`` (N,).
 
     Raises:
         RuntimeError: A kernel was not launched.
@@ -60,6 +64,7 @@ def linear_logps_fwd(
         device=hidden.device.index,
         stream=stream(hidden),
         head=_head(hidden, weight, bias, index, temperature, logit_scale, softcap),
+        exponentials=_exponentials(out, bases),
         partials=partials.data_ptr(),
         logps=logps.data_ptr(),
         entropies=entropies.data_ptr() if return_entropy else 0,
@@ -223,26 +228,29 @@ def linear_exponentials(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    bases: Tensor | None = None,
 ) -> Exponentials:
     """What ``linear_logps_bwd`` has from one product, to be made sparse or not; no softcap.
+
+    Given ``bases``, it is there already, and there is no product.
 
     Raises:
         RuntimeError: A kernel was not launched.
     """
     bias = _as_vector(bias)
     head = _head(hidden, weight, bias, index, temperature, logit_scale, softcap)
-    bases, _, partials = _buffers(hidden)
-    native = _exponentials(out, bases)
-    error = _C.linear_exponentials(
-        device=hidden.device.index,
-        stream=stream(hidden),
-        head=head,
-        exponentials=native,
-        partials=partials.data_ptr(),
-    )
-    check(error, "linear_selective_log_softmax", hidden)
+    if bases is None:
+        bases, _, partials = _buffers(hidden)
+        error = _C.linear_exponentials(
+            device=hidden.device.index,
+            stream=stream(hidden),
+            head=head,
+            exponentials=_exponentials(out, bases),
+            partials=partials.data_ptr(),
+        )
+        check(error, "linear_selective_log_softmax", hidden)
     slopes, tilted = _slopes(head, hidden, *saved)
-    return Exponentials(out, hidden, head, native, slopes, tilted, (bias, bases, weight, index))
+    return Exponentials(out, hidden, head, _exponentials(out, bases), slopes, tilted, (bias, bases, weight, index))
 
 
 def linear_loss_rows(

@@ -55,6 +55,22 @@ def fake_gradients(
     return d_hidden, gradient(weight, needs.weight), gradient(bias, needs.bias)
 
 
+def one_section_holds(
+    states: HiddenRows, weight: Tensor, needs: Needs, workspace_bytes: int, *, sparse: bool
+) -> bool:
+    """Whether the gradients of all rows are in memory at once, where no logits are."""
+    total, dtype = states.rows.total, states.dtype
+    found = rows_at_a_time(
+        workspace_bytes,
+        total,
+        logits_bytes=0,
+        gradient_bytes=dtype.itemsize * row_width(weight),
+        weight_sum=Sum.of(weight, dtype) if needs.weight else Sum(),
+        sparse=sparse,
+    )
+    return found.section >= total
+
+
 class Projection:
     """A head's logits, float32, in memory that every call uses again.
 
@@ -93,6 +109,7 @@ class ChunkedHead:
         keeps_logits: Whether there are logits in memory.
         sparse: Whether rows of the gradient may be sparse; a ``SparseGradient`` then takes those.
         logits_a_row: How many rows of logits the workspace has for each, with those ``beside`` this head's.
+        kept: (rows.total, row_width) to write the gradient to, of all rows at once.
     """
 
     def __init__(
@@ -109,6 +126,7 @@ class ChunkedHead:
         keeps_logits: bool = True,
         sparse: bool = False,
         logits_a_row: int = 1,
+        kept: Tensor | None = None,
     ) -> None:
         V, H = weight.shape
         hidden = states.hidden
@@ -120,27 +138,30 @@ class ChunkedHead:
 
         width = row_width(weight)
         in_place = keeps_logits and self.dtype == torch.float32  # an element in the place of another
-        own_sum = needs.weight and weight_grad_out is None
         self._chunk_rows, self._section_rows, self.aside_rows = rows_at_a_time(
             workspace_bytes,
             rows.live,
             logits_bytes=4 * width * logits_a_row if keeps_logits else 0,
             gradient_bytes=0 if in_place else self.dtype.itemsize * width,
-            weight_sum=Sum.of(weight, self.dtype) if own_sum else Sum(),
+            weight_sum=Sum.of(weight, self.dtype) if needs.weight and weight_grad_out is None else Sum(),
             sparse=sparse,
             models=logits_a_row,
         )
+        if kept is not None:
+            self._chunk_rows = self._section_rows = max(rows.live, 1)
         self._section = slice(0, 0)
         longest = {
             live: max((_length(section) for section, of_live in self._sections() if of_live == live), default=0)
             for live in (True, False)
         }
         self.longest_section = longest[True]
-        kept = min(max(longest.values()), self._chunk_rows) if keeps_logits else 0
-        self._project = Projection(self.weight, bias, kept)
+        chunk = min(max(longest.values()), self._chunk_rows) if keeps_logits else 0
+        self._project = Projection(self.weight, bias, chunk)
         self._gradient = self._project.logits
         if not in_place:
-            self._gradient = weight.new_empty(longest[True], width, dtype=self.dtype)[:, :V]
+            if kept is None:
+                kept = weight.new_empty(longest[True], width, dtype=self.dtype)
+            self._gradient = kept[:, :V]
 
         self._scale, self._group = scale, group
         self._reduction: dist.Work | None = None
@@ -271,8 +292,9 @@ class ChunkedHead:
             self._reduction = dist.all_reduce(self._d_hidden, group=resolve(self._group), async_op=True)
 
     def release(self) -> None:
-        """Give back the memory of logits and gradients, once there are no more."""
-        self._gradient = self._project.logits = self.weight.new_empty(0)
+        """Give back the memory of logits and gradients, whoever still holds a part of it."""
+        for memory in (self._gradient, self._project.logits):
+            memory.untyped_storage().resize_(0)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in the precision kept; empty where there is none to hand out."""

@@ -80,7 +80,6 @@ def linear_divergence(
             )
             if has_gradient:
                 head.backpropagate(part)
-            del logits, gradient  # the memory is the head's, to give back in finish()
         del teacher
         return rows.spread(divergences).view(-1), *head.finish()
 

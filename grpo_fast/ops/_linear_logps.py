@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._chunks import ChunkedHead, Needs, wanted
+from grpo_fast.ops._chunks import ChunkedHead, Needs, one_section_holds, wanted
 from grpo_fast.ops._frozen_head import logps_of_frozen_head
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
-from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
+from grpo_fast.ops._row_kernels import Gradient, linear_kernels, row_kernels
 from grpo_fast.ops._rows import HiddenRows, Rows, as_rows, may_wait
 from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._vocabulary_parallel import merge_rows, shard_index, sharded_linear_logps_ref, upstream_in_shard
+from grpo_fast.ops._workspace import row_width
 from grpo_fast.reference import linear_logps_ref
+
+#: If something flows back to a smaller share of the rows, to project these again costs less than products with all.
+KEPT_FROM = 2 / 3
 
 
 def linear_logps(
@@ -57,7 +61,9 @@ def linear_logps(
     if by_logps_alone and sparse_grad_tol is None and wanted(hidden, weight, bias) == [True, False, False]:
         options |= dict(workspace_bytes=workspace_bytes, allow_sync=allow_sync, impl=impl)
         return logps_of_frozen_head(hidden, weight, bias, index, mask, live, **options)
-    logps, entropy, _, _ = _linear_logps(
+    # What is kept has a size that is not known ahead, as a compiler wants it.
+    needs = [False] * 3 if torch.compiler.is_compiling() else wanted(hidden, weight, bias)
+    logps, entropy, *_ = _linear_logps(
         as_rows(hidden),
         weight,
         bias,
@@ -68,6 +74,7 @@ def linear_logps(
         softcap,
         label_smoothing,
         return_entropy,
+        needs,
         workspace_bytes,
         allow_sync,
         impl,
@@ -92,13 +99,17 @@ def _linear_logps(
     softcap: float | None,
     label_smoothing: float,
     return_entropy: bool,
+    needs: list[bool],
     workspace_bytes: int,
     allow_sync: bool,
     impl: str,
     group: str | None,
     sparse_grad_tol: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps, entropy, shift, total), (N,) each, of ``hidden`` (B, T, H); the last two are for the backward.
+
+    So are two more: the rows' exponentials with their bases, where kernels make these, they are for one of ``needs``
+    and the workspace holds them all; else empty.
 
     With a ``group``, ``index`` is ``shard_index``'s, and the results are those of the whole vocabulary.
     """
@@ -109,30 +120,41 @@ def _linear_logps(
         results = weight.new_zeros(4, rows.total, dtype=torch.float32)
         options = temperature, logit_scale, softcap, return_entropy
         states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
-        linear = linear_kernels(
-            kernels, states, weight, label_smoothing=label_smoothing, softcap=softcap, gradient="none"
-        )
+        which = kernels, states, weight, label_smoothing, softcap, group is not None
+        linear = linear_kernels(*which, gradient="none")
+        keeps = 0
+        if (
+            any(needs)
+            and linear_kernels(*which, gradient="by exponentials") is not None
+            and one_section_holds(states, weight, Needs(*needs), workspace_bytes, sparse=sparse_grad_tol is not None)
+        ):
+            keeps = rows.total
+        kept = weight.new_empty(keeps, row_width(weight), dtype=states.dtype)
+        bases = results.new_empty(keeps)
         head = ChunkedHead(
             states, weight, bias, Needs(False, False, False), workspace_bytes, keeps_logits=linear is None
         )
         for part, _ in head.chunks():
-            kept = None if rows.mask is None else rows.mask[part]
+            counts = None if rows.mask is None else rows.mask[part]
             if linear is not None:
-                found = linear.logps(head.states(part), head.weight, bias, ids[part], *options)
-                _put(results[:, part], [x if kept is None or x.numel() == 0 else x.where(kept, 0.0) for x in found])
+                place = (kept[part, : weight.size(0)], bases[part]) if keeps > 0 else ()
+                found = linear.logps(head.states(part), head.weight, bias, ids[part], *options, *place)
+                if counts is not None:
+                    found = [x.where(counts, 0.0) if x.numel() > 0 else x for x in found]
+                _put(results[:, part], found)
                 continue
-            logits, kept = head.logits(part), None if kept is None else kept.unsqueeze(0)
-            _put(results[:, part], kernels.logps(logits.unsqueeze(0), ids[part].unsqueeze(0), kept, *options))
+            logits, counts = head.logits(part), None if counts is None else counts.unsqueeze(0)
+            _put(results[:, part], kernels.logps(logits.unsqueeze(0), ids[part].unsqueeze(0), counts, *options))
             if label_smoothing:
                 spread = above_mean(logits, as_address(ids[part], logits.size(1)))
                 spread *= label_smoothing * logit_scale / temperature
-                results[0, part] -= spread if kept is None else spread * kept.squeeze(0)
+                results[0, part] -= spread if counts is None else spread * counts.squeeze(0)
         logps, entropy, shifts, totals = (x.clone() for x in rows.spread(results))
         if group is not None:
             logps, entropy, shifts, totals = merge_rows(
                 index, weight.size(0), mask, logps, entropy, shifts, totals, group
             )
-    return logps, entropy if return_entropy else entropy.new_empty(0), shifts, totals
+    return logps, entropy if return_entropy else entropy.new_empty(0), shifts, totals, kept, bases
 
 
 def _put(results: Tensor, found: Sequence[Tensor]) -> None:
@@ -154,14 +176,21 @@ def _(
     softcap: float | None,
     label_smoothing: float,
     return_entropy: bool,
+    needs: list[bool],
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logps, shifts, totals = (weight.new_empty(index.shape, dtype=torch.float32) for _ in range(3))
-    return logps, weight.new_empty(index.shape if return_entropy else (0,), dtype=torch.float32), shifts, totals
+    entropy = weight.new_empty(index.shape if return_entropy else (0,), dtype=torch.float32)
+    keeps = torch.library.get_ctx().new_dynamic_size() if any(needs) else 0
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    kept = weight.new_empty(keeps, row_width(weight), dtype=dtype)
+    return logps, entropy, shifts, totals, kept, logps.new_empty(keeps)
 
 
-@torch.library.custom_op("grpo_fast::linear_logps_backward", mutates_args=())
+@torch.library.custom_op("grpo_fast::linear_logps_backward", mutates_args=("kept",))
 def _linear_logps_backward(
+    kept: Tensor | None,
+    bases: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -184,24 +213,24 @@ def _linear_logps_backward(
     group: str | None,
     sparse_grad_tol: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_hidden, d_weight, d_bias); rows that nothing flows back to are not projected again."""
+    """(d_hidden, d_weight, d_bias); rows that nothing flows back to are not projected again.
+
+    Nor are the others, if their exponentials are ``kept``, whose place the gradient of the logits takes.
+    """
     kernels = row_kernels(impl)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if group is not None:
             entropy, d_logps, d_entropy = upstream_in_shard(index, weight.size(0), entropy, d_logps, d_entropy)
         moved = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
-        mask = moved if mask is None else moved & mask
+        projected, mask = mask, moved if mask is None else moved & mask
         rows = Rows.choose(index.numel(), mask, None, gradient=True, wait=may_wait(allow_sync, hidden))
+        if kept is not None and rows.total < KEPT_FROM * kept.size(0):
+            kept = bases = None
+        if kept is not None:
+            rows = rows.among(projected, kept.size(0), mask)
         states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
-        linear = linear_kernels(
-            kernels,
-            states,
-            weight,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            gradient="by the product" if sparse_grad_tol is None else "by exponentials",
-            sharded=group is not None,
-        )
+        by: Gradient = "by the product" if sparse_grad_tol is None and kept is None else "by exponentials"
+        linear = linear_kernels(kernels, states, weight, label_smoothing, softcap, group is not None, gradient=by)
         head = ChunkedHead(
             states,
             weight,
@@ -211,6 +240,7 @@ def _linear_logps_backward(
             group=group,
             keeps_logits=linear is None,
             sparse=sparse_grad_tol is not None,
+            kept=kept,
         )
         sparse = sparse_gradient(head, linear, sparse_grad_tol, may_wait(allow_sync, hidden))
         saved = [
@@ -219,19 +249,23 @@ def _linear_logps_backward(
         ]
         for part, _ in head.chunks():
             gradient = head.gradient(part)
-            ids, kept, logp, h, shift, total, d_logp, d_h = (None if x is None else x[part] for x in saved)
+            ids, counts, logp, h, shift, total, d_logp, d_h = (None if x is None else x[part] for x in saved)
             assert ids is not None
             assert logp is not None
             assert d_logp is not None
             if linear is not None:
-                rest = head.states(part), head.weight, bias, ids, kept, logp, h, shift, total, d_logp, d_h
+                rest = head.states(part), head.weight, bias, ids, counts, logp, h, shift, total, d_logp, d_h
                 options = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-                if sparse is not None:
-                    sparse.backpropagate(part, linear.exponentials(gradient, *rest, **options))
-                else:
+                if by == "by the product":
                     linear.logps_backward(gradient, *rest, **options)
                     head.backpropagate(part)
-                del gradient
+                    continue
+                exponentials = linear.exponentials(gradient, *rest, **options, bases=bases)
+                if sparse is not None:
+                    sparse.backpropagate(part, exponentials)
+                else:
+                    exponentials.gradient()
+                    head.backpropagate(part)
                 continue
             logits = head.logits(part)
             if label_smoothing:
@@ -243,7 +277,7 @@ def _linear_logps_backward(
                 gradient.unsqueeze(0),
                 logits.unsqueeze(0),
                 ids,
-                kept,
+                counts,
                 logp,
                 h,
                 shift,
@@ -255,9 +289,8 @@ def _linear_logps_backward(
                 softcap,
             )
             if label_smoothing:
-                add_gradient_above_mean(gradient, labels, factor if kept is None else factor * kept)
+                add_gradient_above_mean(gradient, labels, factor if counts is None else factor * counts)
             head.backpropagate(part)
-            del logits, gradient  # the memory is the head's, to give back in finish()
         if sparse is not None:
             sparse.finish()
         d_hidden, d_weight, d_bias = head.finish()
@@ -267,7 +300,9 @@ def _linear_logps_backward(
 
 
 @_linear_logps_backward.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    kept: Tensor | None, bases: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     needs = args[8]
 
     def gradient(x: Tensor | None, needed: bool) -> Tensor:
@@ -278,18 +313,22 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, index, mask, *options = inputs
-    logps, entropy, shifts, totals = output
-    ctx.mark_non_differentiable(shifts, totals)
+    logps, entropy, *rest = output
+    ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)  # an entropy that nothing depends on costs the backward nothing
+    shifts, totals, *kept = rest
     ctx.save_for_backward(hidden, weight, bias, index, mask, logps, entropy, shifts, totals)
-    logits_options, (_, *chunk_options) = options[:4], options[4:]
+    ctx.kept = kept if kept[0].numel() > 0 else (None, None)  # for one backward: it is overwritten there
+    logits_options, (_, _, *chunk_options) = options[:4], options[4:]
     ctx.options = *logits_options, *chunk_options
 
 
 def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, index, mask, logps, entropy, shifts, totals = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
+    kept, ctx.kept = ctx.kept, (None, None)
     gradients = _linear_logps_backward(
+        *kept,
         hidden,
         weight,
         bias,
@@ -304,7 +343,7 @@ def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: No
         needs,
         *ctx.options,
     )
-    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 12
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 13
 
 
 _linear_logps.register_autograd(_backward, setup_context=_setup_context)

@@ -172,7 +172,6 @@ def linear_token_loss(
                 elif gradient is not None:
                     left.gradient()
                     head.backpropagate(part)
-                del left
             else:
                 logits = head.logits(part)
                 labels = as_address(ids, logits.size(1)) if label_smoothing else ids
@@ -186,8 +185,6 @@ def linear_token_loss(
                         add_gradient_above_mean(gradient, labels, smoothing)
                 if gradient is not None:
                     head.backpropagate(part)
-                del logits, rows_of_gradient
-            del gradient  # the memory is the head's, to give back in finish()
         if sparse is not None:
             sparse.finish()
         if scale is not None:

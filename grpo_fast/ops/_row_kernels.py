@@ -78,11 +78,11 @@ def linear_kernels(
     kernels: RowKernels,
     states: HiddenRows,
     weight: Tensor,
-    *,
     label_smoothing: float,
     softcap: float | None,
-    gradient: Gradient,
     sharded: bool = False,
+    *,
+    gradient: Gradient,
 ) -> LinearKernels | None:
     """Those that take these hidden states and this head, if there are any.
 

@@ -15,7 +15,7 @@ class Rows:
 
     Attributes:
         index: (total,) their numbers; None for all N as they lie.
-        mask: (N,) bool, what does not count among them; None where everything does.
+        mask: (N,) bool, what counts among them; None where everything does.
     """
 
     count: int
@@ -52,6 +52,14 @@ class Rows:
             order += 1 - mask.to(torch.int8)
         index = order.argsort(stable=True)
         return Rows(count, first, total, index=index[:total])
+
+    def among(self, projected: Tensor | None, total: int, mask: Tensor) -> Rows:
+        """The ``total`` rows that ``projected`` keeps, of which those in ``mask``, which these are, count."""
+        index = None
+        if projected is not None and total < self.count:
+            index = torch.nonzero_static(projected, size=total).squeeze(1)
+        all_count = self.mask is None and self.total == total
+        return Rows(self.count, total, total, index, None if all_count else mask)
 
     def take(self, x: Tensor) -> Tensor:
         """These rows of ``x`` (N, ...)."""
@@ -107,6 +115,7 @@ class HiddenRows:
         # Where sequences follow each other without a gap, rows are a view.
         follow = hidden.size(0) == 1 or hidden.stride(0) == hidden.size(1) * hidden.stride(1)
         self._flat = hidden.flatten(0, 1) if follow else None
+        self._mask = None if rows.mask is None else rows.take(rows.mask)
 
     def __getitem__(self, part: slice) -> Tensor:
         """(n, H)"""
@@ -118,6 +127,6 @@ class HiddenRows:
                 numbers = torch.arange(part.start, part.stop, device=self.hidden.device)
             T = self.hidden.size(1)
             x = self.hidden[numbers // T, numbers % T]
-        if self.rows.mask is not None:
-            x = torch.where(self.rows.mask[part, None], x, 0.0)
+        if self._mask is not None:
+            x = torch.where(self._mask[part, None], x, 0.0)
         return x.to(self.dtype)

@@ -1,0 +1,217 @@
+"""Log-probs whose backward finds their exponentials, anywhere: a stand-in for the kernels that leave them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from conftest import DEVICE, KERNELS, rand
+
+from grpo_fast import linear_selective_log_softmax
+from grpo_fast.ops import _linear_logps
+from grpo_fast.ops._row_kernels import LinearKernels, RowKernels, row_kernels
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_buffers"),
+    pytest.mark.skipif("triton" not in KERNELS, reason="stands in for kernels that Triton's have none of"),
+]
+
+N, V, H = 24, 61, 16
+HIDDEN = rand(N, H, seed=1).bfloat16()
+WEIGHT = rand(V, H, seed=2, scale=0.5).bfloat16()
+INDEX = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+MASK = torch.arange(N, device=DEVICE) % 4 != 1
+OPTIONS: dict[str, Any] = {"temperature": 0.9, "logit_scale": 1.2}
+
+
+@dataclass
+class Left:
+    """Probabilities in bfloat16, in ``memory``, and what flows back."""
+
+    memory: Tensor
+    index: Tensor
+    counts: Tensor | None
+    entropy: Tensor | None
+    d_logps: Tensor
+    d_entropy: Tensor | None
+
+    def gradient(self, which: Tensor | None = None) -> None:
+        assert which is None
+        p = self.memory.float()
+        at = torch.nn.functional.one_hot(self.index, p.size(1))
+        gradient = self.d_logps[:, None] * (at - p)
+        if self.d_entropy is not None:
+            assert self.entropy is not None
+            gradient -= self.d_entropy[:, None] * (p * p.log().clamp(min=-1e4) + p * self.entropy[:, None])
+        zero = self.d_logps == 0 if self.d_entropy is None else (self.d_logps == 0) & (self.d_entropy == 0)
+        if self.counts is not None:
+            zero = zero | ~self.counts
+        gradient *= OPTIONS["logit_scale"] / OPTIONS["temperature"]
+        self.memory.copy_(gradient.masked_fill(zero[:, None], 0.0))
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each product for logits has."""
+    found: list[int] = []
+
+    def logps(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        temperature: float,
+        logit_scale: float,
+        softcap: float | None,
+        return_entropy: bool,
+        out: Tensor | None = None,
+        bases: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        assert softcap is None
+        found.append(hidden.size(0))
+        logits = hidden.float() @ weight.float().T
+        if bias is not None:
+            logits += bias.float()
+        log_p = (logits * (logit_scale / temperature)).log_softmax(-1)
+        if out is not None:
+            assert bases is not None
+            out.copy_(log_p.exp())
+            bases.fill_(1.0)
+        entropy = -(log_p.exp() * log_p).sum(-1) if return_entropy else log_p.new_empty(0)
+        shift = torch.zeros_like(log_p[:, 0])
+        return log_p.gather(1, index[:, None]).squeeze(1), entropy, shift, shift + 1.0
+
+    def exponentials(
+        out: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        counts: Tensor | None,
+        logp: Tensor,
+        entropy: Tensor | None,
+        shift: Tensor,
+        total: Tensor,
+        d_logps: Tensor,
+        d_entropy: Tensor | None,
+        *,
+        bases: Tensor | None = None,
+        **options: Any,
+    ) -> Left:
+        if bases is None:
+            logps(hidden, weight, bias, index, *options.values(), False, out, torch.empty_like(logp))
+        else:
+            assert (bases == 1.0).all()
+        return Left(out, index, counts, entropy, d_logps, d_entropy)
+
+    def logps_backward(*args: Any, **options: Any) -> None:
+        exponentials(*args, **options).gradient()
+
+    linear = LinearKernels(
+        takes=lambda hidden, weight: True,
+        loss_rows=None,  # type: ignore[arg-type]
+        logps=logps,
+        logps_backward=logps_backward,
+        exponentials=exponentials,
+        sum_of_rows=None,  # type: ignore[arg-type]
+    )
+
+    def stand_in(impl: str) -> RowKernels:
+        return row_kernels("triton")._replace(linear=linear)
+
+    monkeypatch.setattr(_linear_logps, "row_kernels", stand_in)
+    return found
+
+
+def gradients(
+    impl: str, upstream: Tensor, hidden: Tensor = HIDDEN, weight_too: bool = True, times: int = 1, **options: Any
+) -> list[Tensor]:
+    """Of log-probs and, if asked for, entropies, by hidden states and weight; the last of so many backwards."""
+    dtype = torch.float64 if impl == "torch" else torch.bfloat16
+    h = hidden.detach().to(dtype).requires_grad_()
+    w = WEIGHT.detach().to(dtype, copy=True).requires_grad_(weight_too)
+    found = linear_selective_log_softmax(h, w, INDEX, impl=impl, **OPTIONS, **options)
+    values = found if isinstance(found, tuple) else (found,)
+    leaves = [h, w] if weight_too else [h]
+    for _ in range(times):
+        grads = torch.autograd.grad(values, leaves, [upstream.to(x.dtype) for x in values], retain_graph=True)
+    return list(grads)
+
+
+def check(upstream: Tensor, **options: Any) -> None:
+    truth = gradients("torch", upstream, **options)
+    for x, y in zip(gradients("triton", upstream, **options), truth, strict=True):
+        assert (x.double() - y).norm() < 6e-3 * y.norm()
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("allow_sync", [True, False])
+@pytest.mark.parametrize(("return_entropy", "weight_too"), [(False, True), (True, True), (True, False)])
+def test_one_product_for_both(
+    mask: Tensor | None, allow_sync: bool, return_entropy: bool, weight_too: bool, products: list[int]
+) -> None:
+    options: dict[str, Any] = {"mask": mask, "return_entropy": return_entropy, "weight_too": weight_too}
+    check(rand(N, seed=4), allow_sync=allow_sync, **options)
+    assert products == [18 if mask is not None and allow_sync else N]
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+def test_rows_that_nothing_flows_back_to(allow_sync: bool, products: list[int]) -> None:
+    """What their hidden states hold does not matter; where they are many, the others are projected again."""
+    hidden = HIDDEN.clone()
+    hidden[2] = math.nan
+    for few, mask in ((True, None), (True, MASK), (False, None), (False, MASK)):
+        products.clear()
+        upstream = rand(N, seed=4)
+        upstream[2 : 3 if few else 16] = 0.0
+        counts = upstream != 0 if mask is None else mask & (upstream != 0)
+        truth = gradients("torch", upstream, HIDDEN, mask=mask)
+        for x, y in zip(gradients("triton", upstream, hidden, mask=mask, allow_sync=allow_sync), truth, strict=True):
+            assert (x.double() - y).norm() < 6e-3 * y.norm()
+        projected = 18 if mask is not None and allow_sync else N
+        again = [] if few or not allow_sync else [int(counts.sum())]
+        assert products == [projected, *again]
+
+
+def test_a_second_backward_projects_again(products: list[int]) -> None:
+    upstream = rand(N, seed=4)
+    once, twice = (gradients("triton", upstream, times=times) for times in (1, 2))
+    assert products == [N, N, N]
+    for x, y in zip(once, twice, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-3)
+
+
+def test_what_is_not_kept(products: list[int]) -> None:
+    """What the workspace does not hold, or no backward will ask for."""
+    room = 2 * V * H  # of the rounded gradient and of the sum besides: of 2 H rows in all
+    assert 2 * room == 2 * H * 2 * V
+    upstream = rand(N, seed=4)
+    check(upstream, workspace_bytes=1)
+    assert products == [N]  # 2 H rows are more than N
+    products.clear()
+    check(upstream, workspace_bytes=1, weight_too=False, return_entropy=True)
+    assert products == [N, *[1] * N]
+    products.clear()
+    with torch.no_grad():
+        linear_selective_log_softmax(HIDDEN, WEIGHT, INDEX, impl="triton", **OPTIONS)
+    assert products == [N]
+
+
+def test_memory_is_given_back(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    original = _linear_logps._linear_logps_backward
+
+    def spy(*args: Any) -> Any:
+        kept.append(args[0])
+        return original(*args)
+
+    monkeypatch.setattr(_linear_logps, "_linear_logps_backward", spy)
+    gradients("triton", rand(N, seed=4))
+    assert [x.untyped_storage().nbytes() for x in kept] == [0]
