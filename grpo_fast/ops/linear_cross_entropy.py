@@ -43,8 +43,7 @@ def linear_cross_entropy(
     """Cross entropy of the logits ``hidden @ weight.T + bias``, which are computed in chunks and dropped.
 
     With a reduction, the kernels have loss and gradients from one sweep over the chunks, like ``linear_grpo_loss``:
-    at most three matrix products, and one backward. ``"none"`` is ``linear_selective_log_softmax``, with a fourth
-    unless the head is frozen.
+    at most three matrix products, and one backward. ``"none"`` is ``linear_selective_log_softmax``.
 
     Args:
         hidden: (..., H) float; ``hidden[..., t, :]`` predicts ``labels[..., t]``: shift before the call.

@@ -67,8 +67,8 @@ def linear_grpo_loss(
     The kernels have loss and gradients from one sweep over the chunks: a matrix product for the logits, and one each
     for ``hidden`` and ``weight`` if they require a gradient. Where a sequence has to be known before its tokens' loss
     (a sequence-level ratio, ``"vespo"``, ``off_policy_mask_threshold``, an entropy bonus over a threshold's tokens),
-    logits are computed for the log-probs first and again for the gradient, in the backward: a product more, unless
-    ``hidden`` alone requires a gradient and there is neither an entropy bonus nor a ``sparse_grad_tol``.
+    log-probs are computed first, as by ``linear_selective_log_softmax``, and the logits again in the backward, a
+    product more, where they are not kept for it.
 
     A token whose gradient is known to be 0 costs one product, for its log-prob. Without KL and entropy bonus those
     are tokens of advantage 0 (groups of equal rewards), of ``importance_sampling_ratio`` 0, and out of

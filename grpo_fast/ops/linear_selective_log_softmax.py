@@ -32,11 +32,14 @@ def linear_selective_log_softmax(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``selective_log_softmax`` of the logits ``hidden @ weight.T + bias``.
 
-    The forward is one matrix product. The backward computes the logits again, of the rows whose upstream gradient is
-    not 0, and takes one more product for each of ``hidden`` and ``weight`` that requires a gradient. But if
-    ``hidden`` alone requires one, with neither ``return_entropy`` nor ``sparse_grad_tol``, the forward makes the
-    log-probs' gradients by it too, with a second product. They are kept, as large as ``hidden`` (in float32 if that
-    is float16), and the backward only scales them, any number of times, but not for a second derivative.
+    The forward is one matrix product. The backward takes one more for each of ``hidden`` and ``weight`` that requires
+    a gradient. Before that it computes the logits again, of the rows whose upstream gradient is not 0, unless the
+    forward has kept them: on Hopper, in bfloat16, without a softcap or ``process_group``, 2 bytes a logit are kept
+    from the forward to the first backward if the workspace holds them all.
+
+    If ``hidden`` alone requires a gradient, with neither ``return_entropy`` nor ``sparse_grad_tol``, the forward
+    makes the log-probs' gradients by it too, with a second product. They are kept, in float32 and as large as
+    ``hidden``, and the backward only scales them, any number of times, but not for a second derivative.
 
     Args:
         hidden: (..., H) float, the states that the head turns into logits.
@@ -46,8 +49,8 @@ def linear_selective_log_softmax(
         bias: (V,) float.
         mask: (...,); positions where it is 0 are not projected: their result is 0, and no gradient flows.
         temperature, logit_scale, softcap, return_entropy, impl: As in ``selective_log_softmax``.
-        workspace_bytes: What the logits in memory at a time may take, with their gradient; None is 2 GiB. The
-            ``"torch"`` implementation has chunks of its own.
+        workspace_bytes: As in ``linear_grpo_loss``. What is kept for the backward takes it from the forward on: of
+            several calls before a backward, each.
         allow_sync: The host waits for the GPU to learn how many positions the mask keeps. If it may not, or while a
             CUDA graph is captured, every position is projected; the result is the same.
         sparse_grad_tol: As in ``linear_grpo_loss``, for the backward.
