@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from grpo_fast.ops._workspace import DENSE_SHARE, TILE_ROWS, RowsAtATime, Sum, rows_at_a_time
+from grpo_fast.ops import _chunks
+from grpo_fast.ops._chunks import ChunkedHead, Needs
+from grpo_fast.ops._rows import HiddenRows, Rows
+from grpo_fast.ops._sparse import SparseGradient
+from grpo_fast.ops._workspace import LAUNCH_ROWS, RowsAtATime, Sum, rows_at_a_time
 
 MIB = 2**20
 V, N = 151_936, 8_192
+#: An element of a sparse row, with what it takes to sort it.
+ELEMENT_BYTES = 50
 
 
 def plan(workspace_mib: int, hidden: int, live: int = N, sparse: bool = False) -> RowsAtATime:
@@ -41,31 +53,137 @@ def test_sums_that_are_not_spared(dtype: torch.dtype, by: torch.dtype) -> None:
     assert Sum.of(weight, by) == ((0, 0) if dtype == torch.float16 else (2 * 640, 0))
 
 
-def test_peak() -> None:
-    """Of sections, sums and gradients, whatever the sizes; with several heads and logits beside them too."""
-    sizes = itertools.product([1, 300, 2_000], [1, 7, 5_000], [0, 4 * 97], [0, 2 * 97], [8, 512], [1, 10**5], [1, 2])
-    for rounded, live, logits, gradient, spared, workspace, models in sizes:
-        if logits + gradient == 0 or (models > 1 and logits == 0):
-            continue
-        weight_sum = Sum(rounded, spared)
-        chunk, section, _ = rows_at_a_time(
-            workspace,
-            live,
-            logits_bytes=models * logits,
-            gradient_bytes=gradient,
-            weight_sum=weight_sum,
-            models=models,
-        )
-        assert min(chunk, section) >= 1
-        taken = min(section, live) * gradient + min(chunk, live) * models * logits
-        room = max(workspace, rounded) + (spared if section >= live else 0)
-        assert taken <= room or section == 1 or chunk <= TILE_ROWS
+@pytest.mark.parametrize("models", [1, 2])
+def test_chunks_and_sections_fit(models: int) -> None:
+    """Unless they are of one row, whatever the sizes."""
+    logits, gradient = models * 4 * 97, 2 * 97
+    workspaces = [*range(1, 800 * logits, 7 * 97), 10**6, 10**8]
+    sums = [Sum(), Sum(2_000, 0), Sum(10**5, 10**5)]
+    for workspace, weight_sum, live, kept in itertools.product(workspaces, sums, [0, 1, 7, 5_000], [logits, 0]):
+        rows: dict[str, Any] = dict(logits_bytes=kept, gradient_bytes=gradient, weight_sum=weight_sum, models=models)
+        chunk, section, _ = rows_at_a_time(workspace, live, **rows)
+        spared = weight_sum.spared if section >= live else 0
+        taken = min(section, live) * gradient + min(chunk, live) * kept
+        assert taken <= max(workspace, weight_sum.rounded) + spared or min(section, live) == 1
+        if kept == 0:
+            assert chunk == max(section, LAUNCH_ROWS)
+
+
+def test_chunks_are_not_short_because_a_tile_is_not_full() -> None:
+    rows = [rows_at_a_time(4 * n, 10**4, logits_bytes=1, gradient_bytes=1, weight_sum=Sum()).chunk for n in range(800)]
+    assert rows == sorted(rows)
+    assert all(2 * chunk >= n for n, chunk in enumerate(rows))
 
 
 def test_sparse_rows_leave_room_for_dense_ones() -> None:
-    assert plan(2_048, 2_048, sparse=True) == (N, N, 2_971)  # what the rounded gradient takes, too, which comes last
-    assert plan(512, 4_096, sparse=True) == (N, N, DENSE_SHARE * N)
+    assert plan(2_048, 2_048, sparse=True) == (N, N, 2_867)  # what the rounded gradient takes, too, which comes last
+    assert plan(512, 4_096, sparse=True) == (N, N, 3_992)
+    assert plan(512, 4_096, live=N // 2, sparse=True) == (N, N // 2, N // 4)
     section = plan(2_048, 2_048, live=4 * N, sparse=True).section
     assert section * 3 * V < 2_048 * MIB
     assert plan(2_048, 896, live=7_950, sparse=True).section < 7_950  # next to no room for dense ones
     assert plan(2_048, 896, live=7_950).section == 7_950
+
+
+class Memory(TorchDispatchMode):
+    """What tensors made on the device "meta" take, at the most."""
+
+    def __init__(self, *inputs: Tensor | None) -> None:
+        super().__init__()
+        self._inputs = [StorageWeakRef(x.untyped_storage()).cdata for x in inputs if x is not None]
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for x in tree_leaves(results):
+            if isinstance(x, Tensor) and x.is_meta:
+                storage = x.untyped_storage()
+                held = StorageWeakRef(storage)
+                if held.cdata not in self._inputs:
+                    self._held[held.cdata] = held, storage.nbytes()
+        self._held = {key: value for key, value in self._held.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+        return results
+
+
+class StandIn:
+    """Rows of which so many are dense, the others short."""
+
+    def __init__(self, rows: int, dense: int, elements: int) -> None:
+        self._rows, self._totals = rows, [elements * (rows - dense), 0, 0, dense]
+
+    def gradient(self, which: Tensor | None = None) -> None:
+        pass
+
+    def sparse(self, tolerance: float, keys: Tensor, elements: Tensor, **options: Any) -> SimpleNamespace:
+        starts, ends = keys.new_empty(2, self._rows).unbind()
+        return SimpleNamespace(starts=starts, ends=ends, totals=torch.tensor(self._totals), limits=None)
+
+
+#: By name: dtypes of hidden and weight, and what else there is.
+PATHS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
+    "no logits": (torch.bfloat16, torch.bfloat16, {"keeps_logits": False}),
+    "logits": (torch.bfloat16, torch.bfloat16, {}),
+    "two models": (torch.bfloat16, torch.bfloat16, {"logits_a_row": 2}),
+    "float16": (torch.float16, torch.float16, {"scale": torch.empty((), device="meta")}),
+    "float32": (torch.float32, torch.float32, {}),
+    "float32 states": (torch.float32, torch.bfloat16, {}),
+    "float32 weight": (torch.bfloat16, torch.float32, {}),
+    "frozen": (torch.bfloat16, torch.bfloat16, {"needs": Needs(True, False, False), "hidden_in_float32": True}),
+    "into a buffer": (torch.bfloat16, torch.bfloat16, {"keeps_logits": False, "weight_grad_out": True}),
+    "sparse": (torch.bfloat16, torch.bfloat16, {"keeps_logits": False, "sparse": True}),
+    "sparse into a buffer": (
+        torch.bfloat16,
+        torch.bfloat16,
+        {"keeps_logits": False, "sparse": True, "weight_grad_out": True},
+    ),
+    "sparse, but for want of a kernel": (torch.bfloat16, torch.bfloat16, {"sparse": True}),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("words", "size"), [(V, 2_048), (32_000, 4_096), (1_000, 64)])
+def test_peak(path: str, words: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that a head makes, beyond the hidden states' gradient and a section's states and their gradients."""
+    monkeypatch.setattr(_chunks, "product", lambda *_: None)
+    monkeypatch.setattr(_chunks, "add_product", lambda *_: None)
+    hidden_dtype, dtype, options = PATHS[path]
+    of_sums = torch.promote_types(hidden_dtype, dtype)
+    dense_shares = [0.0, 0.1, 0.3, 1.0] if options.get("sparse") else [0.0]
+    for workspace, live, dense in itertools.product([64 * MIB, 512 * MIB, 2**31, 2**36], [0, 700, N], dense_shares):
+        hidden = torch.empty(1, N, size, dtype=hidden_dtype, device="meta")
+        weight = torch.empty(words, size, dtype=dtype, device="meta")
+        rows = Rows(N, live, N, torch.empty(N, dtype=torch.int64, device="meta"))
+        made = options | {"needs": options.get("needs", Needs(True, True, False)), "workspace_bytes": workspace}
+        if options.get("weight_grad_out"):
+            made["weight_grad_out"] = torch.empty(words, size, device="meta")
+        own_sum = made["needs"].weight and not options.get("weight_grad_out")
+        with Memory(hidden, weight, rows.index, made.get("weight_grad_out"), made.get("scale")) as memory:
+            head = ChunkedHead(HiddenRows(hidden, rows, of_sums), weight, None, **made)
+            teacher = head.beside(weight, None) if path == "two models" else None
+            sparse = None
+            if options.get("sparse") and not options.get("keeps_logits", True):
+                sparse = SparseGradient(head, lambda *_, **__: None, 1e-3)
+            for part, has_gradient in head.chunks():
+                if has_gradient and sparse is not None:
+                    count = part.stop - part.start
+                    sparse.backpropagate(part, StandIn(count, int(dense * count), 100))
+                elif has_gradient:
+                    head.backpropagate(part)
+            if sparse is not None:
+                sparse.finish()
+            del teacher
+            d_hidden, d_weight, _ = head.finish()
+        assert d_weight.numel() == (words * size if own_sum else 0)
+        most = workspace
+        if own_sum:
+            most = 4 * words * size + max(workspace, 2 * words * size if dtype == torch.bfloat16 else 0)
+        if of_sums != dtype:
+            most += weight.numel() * of_sums.itemsize  # a copy, in the precision of the products
+        section = max(head.longest_section, min(N - live, head._chunk_rows))
+        most += section * size * (2 * of_sums.itemsize + 4) + 64 * N
+        if sparse is not None:
+            most += live * size * of_sums.itemsize  # all states, where the elements' sums read them
+            most += 100 * live * ELEMENT_BYTES + 12 * 320 * head.longest_section + 8 * (words + 1)
+        assert memory.peak - d_hidden.nbytes <= most, (workspace, live, dense)

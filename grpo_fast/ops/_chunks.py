@@ -310,8 +310,9 @@ class ChunkedHead:
                 self._reduction.wait()
             d_hidden = self._d_hidden.view(self._hidden.shape)
         if self.needs.weight and self._weight_grad_out is None:
-            total = self.weight.new_zeros(self.weight.shape) if self._d_weight is None else self._d_weight
-            d_weight = total.to(self._weight_dtype)
+            if self._d_weight is None:
+                self._d_weight = self.weight.new_zeros(self.weight.shape, dtype=self._weight_dtype)
+            d_weight = self._d_weight.to(self._weight_dtype)
         if self._d_bias is not None and self._bias is not None:
             d_bias = self._d_bias.to(gradient_dtype(self._bias))
         return d_hidden, d_weight, d_bias

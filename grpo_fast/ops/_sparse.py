@@ -150,12 +150,13 @@ class SparseGradient:
         if not found:
             return
         keys, values = (_joined(x) for x in zip(*found, strict=True))
-        del found
+        least_keys = self._buffers.least_keys
+        del found, self._buffers  # the pool's memory, once the elements are sorted
         keys, order = keys.sort()
         values = values[order]
         if self._head.needs.weight:
             total, d_weight = self._head.weight_total()
-            bounds = torch.searchsorted(keys, self._buffers.least_keys)  # raised ones are negative, ahead of all
+            bounds = torch.searchsorted(keys, least_keys)  # raised ones are negative, ahead of all
             states = self._head.all_states()
             self._sum_of_rows(d_weight, bounds[:-1], bounds[1:], _rows(keys), values, states, total)
         if self._head.needs.bias:

@@ -86,7 +86,7 @@ def rows_at_a_time(
         live: How many rows have a gradient.
         logits_bytes: Of a row, with those of other ``models``; 0 if none are kept.
         gradient_bytes: Of a row; 0 if it takes the logits' place.
-        sparse: Whether rows of the gradient may be sparse.
+        sparse: Whether rows of the gradient may be sparse, where no logits are kept.
     """
     room = max(workspace_bytes, weight_sum.rounded)
     chunk = 0
@@ -98,19 +98,21 @@ def rows_at_a_time(
             return RowsAtATime(chunk, chunk)
         share = chunk // LOGITS_SHARE
         chunk = _to_tiles(min(max(share, 3 * TILE_ROWS), share * models))
+        chunk = max(min(chunk, room // (logits_bytes + gradient_bytes)), 1)
     left = room - chunk * logits_bytes
-    in_one = live * gradient_bytes <= left + weight_sum.spared
-    if sparse:
+    left_in_one = left + weight_sum.spared - live * gradient_bytes
+    if sparse and logits_bytes == 0:
+        elements = (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * ELEMENT_BYTES
         # Dense rows are set aside, and gone again, before the rounded gradient is there.
-        left_aside = left + weight_sum.spared + weight_sum.rounded - live * gradient_bytes
-        if in_one and left_aside >= LEAST_ASIDE * live * gradient_bytes:
+        left_aside = left_in_one + weight_sum.rounded - live * elements
+        if left_in_one >= 0 and left_aside >= LEAST_ASIDE * live * gradient_bytes:
             aside = min(left_aside // gradient_bytes, int(DENSE_SHARE * live))
             return RowsAtATime(max(live, LAUNCH_ROWS), max(live, 1), aside)
-        a_row = (1.0 + DENSE_SHARE) * gradient_bytes + (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * ELEMENT_BYTES
+        a_row = (1.0 + DENSE_SHARE) * gradient_bytes + elements
         section = max(int(workspace_bytes / a_row), 1)
         return RowsAtATime(max(section, LAUNCH_ROWS), section, int(DENSE_SHARE * section))
-    section = max(left // gradient_bytes, chunk, 1)
-    if in_one:
+    section = max(left // gradient_bytes, 1)
+    if left_in_one >= 0:
         section = max(section, live)
     return RowsAtATime(chunk or max(section, LAUNCH_ROWS), section)
 
@@ -128,7 +130,7 @@ def row_width(weight: Tensor) -> int:
 def _to_tiles(rows: int) -> int:
     """About so many rows, at least 1, that make whole tiles."""
     tile = 3 * TILE_ROWS if rows >= 2 * TILE_ROWS else TILE_ROWS
-    return max(rows if rows < tile // 2 else round(rows / tile) * tile, 1)
+    return max(rows if rows <= tile // 2 else round(rows / tile) * tile, 1)
 
 
 def even(rows: int, most: int) -> int:
