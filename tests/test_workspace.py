@@ -17,7 +17,15 @@ from grpo_fast.ops import _chunks
 from grpo_fast.ops._chunks import ChunkedHead, Needs
 from grpo_fast.ops._rows import HiddenRows, Rows
 from grpo_fast.ops._sparse import SparseGradient
-from grpo_fast.ops._workspace import LAUNCH_ROWS, RowsAtATime, Sum, rows_at_a_time
+from grpo_fast.ops._workspace import (
+    LAUNCH_ROWS,
+    LOGITS_SHARE,
+    PASSING_ROWS,
+    TILE_ROWS,
+    RowsAtATime,
+    Sum,
+    rows_at_a_time,
+)
 
 MIB = 2**20
 V, N = 151_936, 8_192
@@ -70,9 +78,17 @@ def test_chunks_and_sections_fit(models: int) -> None:
 
 
 def test_chunks_are_not_short_because_a_tile_is_not_full() -> None:
-    rows = [rows_at_a_time(4 * n, 10**4, logits_bytes=1, gradient_bytes=1, weight_sum=Sum()).chunk for n in range(800)]
+    rows = [
+        rows_at_a_time(4 * n, 10**4, logits_bytes=1, gradient_bytes=1, weight_sum=Sum()).chunk for n in range(800)
+    ]
     assert rows == sorted(rows)
     assert all(2 * chunk >= n for n, chunk in enumerate(rows))
+
+
+def test_rows_without_a_gradient_pass_in_short_chunks() -> None:
+    for live, chunk in ((0, PASSING_ROWS), (1, 2_048 * MIB // (4 * V) // LOGITS_SHARE)):
+        rows: dict[str, Any] = dict(logits_bytes=4 * V, gradient_bytes=2 * V, weight_sum=Sum())
+        assert abs(rows_at_a_time(2_048 * MIB, live, **rows).chunk - chunk) <= 3 * TILE_ROWS * (live > 0)
 
 
 def test_sparse_rows_leave_room_for_dense_ones() -> None:
@@ -81,6 +97,7 @@ def test_sparse_rows_leave_room_for_dense_ones() -> None:
     assert plan(512, 4_096, live=N // 2, sparse=True) == (N, N // 2, N // 4)
     section = plan(2_048, 2_048, live=4 * N, sparse=True).section
     assert section * 3 * V < 2_048 * MIB
+    assert plan(512, 4_096, live=4 * N, sparse=True).section == 2 * V * 4_096 // (3 * V + 12 * 320)
     assert plan(2_048, 896, live=7_950, sparse=True).section < 7_950  # next to no room for dense ones
     assert plan(2_048, 896, live=7_950).section == 7_950
 
@@ -150,7 +167,7 @@ def test_peak(path: str, words: int, size: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(_chunks, "add_product", lambda *_: None)
     hidden_dtype, dtype, options = PATHS[path]
     of_sums = torch.promote_types(hidden_dtype, dtype)
-    dense_shares = [0.0, 0.1, 0.3, 1.0] if options.get("sparse") else [0.0]
+    dense_shares = [0.0, 0.1, 0.3, 0.45, 1.0] if options.get("sparse") else [0.0]
     for workspace, live, dense in itertools.product([64 * MIB, 512 * MIB, 2**31, 2**36], [0, 700, N], dense_shares):
         hidden = torch.empty(1, N, size, dtype=hidden_dtype, device="meta")
         weight = torch.empty(words, size, dtype=dtype, device="meta")

@@ -109,7 +109,7 @@ def rows_at_a_time(
             aside = min(left_aside // gradient_bytes, int(DENSE_SHARE * live))
             return RowsAtATime(max(live, LAUNCH_ROWS), max(live, 1), aside)
         a_row = (1.0 + DENSE_SHARE) * gradient_bytes + elements
-        section = max(int(workspace_bytes / a_row), 1)
+        section = max(int(room / a_row), 1)
         return RowsAtATime(max(section, LAUNCH_ROWS), section, int(DENSE_SHARE * section))
     section = max(left // gradient_bytes, 1)
     if left_in_one >= 0:
