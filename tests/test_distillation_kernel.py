@@ -110,9 +110,10 @@ def test_every_option(beta: float, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("workspace_bytes", [1, TWO_ROWS, None])
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float16", "bfloat16 float32", "float32 bfloat16"])
 def test_dtypes_and_chunks(dtypes: str, workspace_bytes: int | None) -> None:
-    """A row at a time, a few, or all; a student and a teacher of different precisions too."""
+    """A row or two at a time, a few, or all; a student and a teacher of different precisions too."""
     first, *second = (getattr(torch, name) for name in dtypes.split())
-    student = tuple(x.to(first) for x in STUDENT)
+    # As narrow, because what a rounded gradient of the weight takes is used whatever the workspace.
+    student = tuple((x[..., :4] if x.dim() > 1 else x).to(first).contiguous() for x in STUDENT)
     teacher = tuple(x.to(second[0] if second else first) for x in TEACHER)
     check(student, teacher, beta=0.5, completion_mask=MASK, workspace_bytes=workspace_bytes)
 
