@@ -67,13 +67,14 @@ def sparse_rows(
     n, guard = left.hidden.size(0), 64
     limits = {"room": (n * V, n * V), "most_dense": n, **limits}
     room = sum(limits["room"])
-    keys = torch.full((room + guard,), -7, device="cuda")
-    elements = torch.full((room + guard,), math.nan, device="cuda")
-    starts, ends, totals, _ = left.sparse(
-        tolerance, keys[:room], elements[:room], first_row=first_row, most=most, **limits
-    )
-    assert (keys[room:] == -7).all()
-    assert elements[room:].isnan().all()
+    inside = slice(guard, guard + room)  # short rows without room would be written before it, long ones after
+    all_keys = torch.full((room + 2 * guard,), -7, device="cuda")
+    all_elements = torch.full((room + 2 * guard,), math.nan, device="cuda")
+    keys, elements = all_keys[inside], all_elements[inside]
+    starts, ends, totals, _ = left.sparse(tolerance, keys, elements, first_row=first_row, most=most, **limits)
+    for edge in (slice(0, guard), slice(guard + room, None)):
+        assert (all_keys[edge] == -7).all()
+        assert all_elements[edge].isnan().all()
     counts, sums = (ends - starts).clamp(min=-1), totals.tolist()
     found = torch.zeros(n, V, device="cuda", dtype=torch.float64)
     raised = torch.zeros(n, V, device="cuda", dtype=torch.bool)
