@@ -108,19 +108,19 @@ class Memory(TorchDispatchMode):
     def __init__(self, *inputs: Tensor | None) -> None:
         super().__init__()
         self._inputs = [StorageWeakRef(x.untyped_storage()).cdata for x in inputs if x is not None]
-        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._held: dict[int, StorageWeakRef] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         for x in tree_leaves(results):
             if isinstance(x, Tensor) and x.is_meta:
-                storage = x.untyped_storage()
-                held = StorageWeakRef(storage)
+                held = StorageWeakRef(x.untyped_storage())
                 if held.cdata not in self._inputs:
-                    self._held[held.cdata] = held, storage.nbytes()
-        self._held = {key: value for key, value in self._held.items() if not value[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+                    self._held[held.cdata] = held
+        self._held = {key: held for key, held in self._held.items() if not held.expired()}
+        sizes = [torch.UntypedStorage._new_with_weak_ptr(key).nbytes() for key in self._held]  # some are resized
+        self.peak = max(self.peak, sum(sizes))
         return results
 
 

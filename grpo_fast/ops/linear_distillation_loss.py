@@ -59,8 +59,7 @@ def linear_distillation_loss(
         num_items_in_batch: With ``"mean"``, the number to divide by instead, a number or a 0-d tensor.
         temperature: Divides both models' logits.
         student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap: As in ``selective_log_softmax``.
-        workspace_bytes: What the kernels keep both models' logits of a chunk and their gradient in; at most 2 GiB
-            where it is None.
+        workspace_bytes: As in ``linear_grpo_loss``; the logits of both models are in memory at a time.
         allow_sync: As in ``linear_grpo_loss``.
         impl: None, or an implementation by name: ``"triton"`` or ``"torch"``.
 
