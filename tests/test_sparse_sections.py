@@ -139,6 +139,8 @@ KINDS: dict[str, list[int]] = {
     "a short last section": [FEW] * 48 + [ALL],
     "one section": [FEW, MANY, FEW, 4] * 4 + [ALL] * 3 + [FEW],
     "one section, mostly dense": [FEW, ALL, ALL, 4, ALL] * 4,
+    "one section, dense if there is no sum to spare": [FEW, ALL, 4, FEW, MANY, ALL, FEW] * 2
+    + [FEW, ALL, ALL, 4, FEW, FEW],
     "one row": [FEW],
     "one dense row": [ALL],
     "none": [],
@@ -210,7 +212,11 @@ def test_products(
         wanted[at] = truth.float() @ weight.float()
         torch.testing.assert_close(d_hidden[0].float(), wanted, rtol=2**-8, atol=1e-5)
     whole = is_dense[:, None] | (truth.abs() >= THRESHOLD)
-    assert kind in ("all dense", "one section, mostly dense", "one dense row", "nothing", "none") or not whole.all()
+    all_dense = kind in ("all dense", "one section, mostly dense", "one dense row", "nothing", "none")
+    if kind == "one section, dense if there is no sum to spare":
+        all_dense = buffer is not None or not needs[1]
+        assert whole.all() == all_dense
+    assert all_dense or not whole.all()
     truth = truth.where(whole, 0.0)
     if needs[1]:
         wanted = truth.float().t() @ x[:live].float()
