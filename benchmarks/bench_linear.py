@@ -24,10 +24,9 @@ The ceiling is the matrix products alone, in bfloat16 by cuBLAS: three for loss 
 one for log-probs, always over all rows, so that with padding or dead rows (advantage 0, no KL) a time can be below
 it. Inputs are bfloat16. Rows are peaked: logits to 40, and 80 % of the rows nearly sure of their token. Errors are
 against float64: the largest of a log-prob in nats, and, relative in the Frobenius norm, those of the gradients of 64
-hidden states and of 64 rows of the head. "MiB" bounds what grpo_fast keeps of logits and gradients
-(`workspace_bytes`); memory is the peak beyond inputs, gradients included, and while that of the head is added
-up in float32 that is 4 V H bytes of it. Peers that give log-probs are given the loss in plain torch, as are
-grpo_fast's own in "log-probs + torch loss"."""
+hidden states and of 64 rows of the head. "MiB" in a title is grpo_fast's `workspace_bytes`; memory is the peak beyond
+inputs, gradients included, of which 4 V H bytes are the head's gradient while it is added up in float32. Peers that
+give log-probs are given the loss in plain torch, as are grpo_fast's own in "log-probs + torch loss"."""
 
 
 @dataclass(frozen=True)

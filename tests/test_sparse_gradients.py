@@ -256,7 +256,7 @@ def test_rows_that_are_too_long_and_too_many() -> None:
 
 
 @on_hopper
-def test_a_search_that_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elements_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """The only row sampled, the first, is 0: what there is no room for is seen as it is counted, and not written."""
     from grpo_fast import cuda_linear
 

@@ -65,7 +65,7 @@ def one_section_holds(
         total,
         logits_bytes=0,
         gradient_bytes=dtype.itemsize * row_width(weight),
-        weight_sum=Sum.of(weight, dtype) if needs.weight else Sum(),
+        weight_sum=Sum.of(weight) if needs.weight else Sum(),
         sparse=sparse,
     )
     return found.section >= total
@@ -143,7 +143,7 @@ class ChunkedHead:
             rows.live,
             logits_bytes=4 * width * logits_a_row if keeps_logits else 0,
             gradient_bytes=0 if in_place else self.dtype.itemsize * width,
-            weight_sum=Sum.of(weight, self.dtype) if needs.weight and weight_grad_out is None else Sum(),
+            weight_sum=Sum.of(weight) if needs.weight and weight_grad_out is None else Sum(),
             sparse=sparse,
             models=logits_a_row,
         )

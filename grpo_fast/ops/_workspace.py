@@ -53,13 +53,10 @@ class Sum(NamedTuple):
     spared: int = 0
 
     @staticmethod
-    def of(weight: Tensor, dtype: torch.dtype) -> Sum:
-        """That of ``weight``, by products in ``dtype``."""
-        kept = gradient_dtype(weight)
-        if kept.itemsize >= torch.float32.itemsize:
-            return Sum()
-        more = torch.float32.itemsize - kept.itemsize
-        return Sum(kept.itemsize * weight.numel(), more * weight.numel() if kept == dtype else 0)
+    def of(weight: Tensor) -> Sum:
+        """That of the gradient of ``weight``."""
+        kept, total = gradient_dtype(weight).itemsize, torch.float32.itemsize
+        return Sum() if kept >= total else Sum(kept * weight.numel(), (total - kept) * weight.numel())
 
 
 class RowsAtATime(NamedTuple):
