@@ -204,14 +204,25 @@ def test_what_is_not_kept(products: list[int]) -> None:
     assert products == [N]
 
 
-def test_memory_is_given_back(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("zeros", [0, 16])
+def test_memory_is_given_back(zeros: int, products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the end, and, where rows are projected again, before there is memory for these."""
     kept: list[Tensor] = []
-    original = _linear_logps._linear_logps_backward
+    found: list[int] = []
+    original, make_head = _linear_logps._linear_logps_backward, _linear_logps.ChunkedHead
 
     def spy(*args: Any) -> Any:
         kept.append(args[0])
         return original(*args)
 
+    def head(*args: Any, **options: Any) -> Any:
+        found.extend(x.untyped_storage().nbytes() for x in kept)
+        return make_head(*args, **options)
+
     monkeypatch.setattr(_linear_logps, "_linear_logps_backward", spy)
-    gradients("triton", rand(N, seed=4))
+    monkeypatch.setattr(_linear_logps, "ChunkedHead", head)
+    upstream = rand(N, seed=4)
+    upstream[:zeros] = 0.0
+    gradients("triton", upstream)
+    assert found == [0 if zeros else 2 * N * V]
     assert [x.untyped_storage().nbytes() for x in kept] == [0]

@@ -224,7 +224,8 @@ def _linear_logps_backward(
         moved = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
         projected, mask = mask, moved if mask is None else moved & mask
         rows = Rows.choose(index.numel(), mask, None, gradient=True, wait=may_wait(allow_sync, hidden))
-        if kept is not None and rows.total < KEPT_FROM * kept.size(0):
+        if kept is not None and not 0 < KEPT_FROM * kept.size(0) <= rows.total:
+            kept.untyped_storage().resize_(0)  # before memory for fewer rows is taken: the caller still holds it
             kept = bases = None
         if kept is not None:
             rows = rows.among(projected, kept.size(0), mask)
