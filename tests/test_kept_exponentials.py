@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
 
@@ -186,6 +187,39 @@ def test_a_second_backward_projects_again(products: list[int]) -> None:
     assert products == [N, N, N]
     for x, y in zip(once, twice, strict=True):
         torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_hooks_have_what_is_kept(times: int, products: list[int]) -> None:
+    """So a checkpoint does not hold it, and who moves what autograd saves moves it."""
+    sizes: list[torch.Size] = []
+
+    def pack(x: Tensor) -> Tensor:
+        sizes.append(x.shape)
+        return x.clone()
+
+    upstream = rand(N, seed=4)
+    plain = gradients("triton", upstream, times=times)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        found = gradients("triton", upstream, times=times)
+    assert sizes.count(torch.Size([N, V])) == 1
+    assert products == 2 * times * [N]
+    assert all(map(torch.equal, plain, found))
+
+
+def test_tracing_without_dynamo(products: list[int]) -> None:
+    """What is kept has no size there."""
+    upstream = rand(N, seed=4)
+
+    def both(hidden: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        logps = linear_selective_log_softmax(hidden, weight, index, impl="triton", **OPTIONS)
+        return torch.autograd.grad(logps, (hidden, weight), upstream)
+
+    leaves = [x.detach().clone().requires_grad_() for x in (HIDDEN, WEIGHT)]
+    traced = make_fx(both, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, INDEX)
+    assert products == []
+    assert all(map(torch.equal, traced(*leaves, INDEX), gradients("triton", upstream)))
+    assert products == [N, N]
 
 
 def test_what_is_not_kept(products: list[int]) -> None:

@@ -317,19 +317,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logps, entropy, *rest = output
     ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)  # an entropy that nothing depends on costs the backward nothing
-    shifts, totals, *kept = rest
-    ctx.save_for_backward(hidden, weight, bias, index, mask, logps, entropy, shifts, totals)
-    ctx.kept = kept if kept[0].numel() > 0 else (None, None)  # for one backward: it is overwritten there
-    logits_options, (_, _, *chunk_options) = options[:4], options[4:]
+    ctx.save_for_backward(hidden, weight, bias, index, mask, logps, entropy, *rest)
+    logits_options, (_, needs, *chunk_options) = options[:4], options[4:]
+    ctx.keeps = any(needs)
     ctx.options = *logits_options, *chunk_options
 
 
 def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, index, mask, logps, entropy, shifts, totals = ctx.saved_tensors
+    hidden, weight, bias, index, mask, logps, entropy, shifts, totals, kept, bases = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    kept, ctx.kept = ctx.kept, (None, None)
+    keeps, ctx.keeps = ctx.keeps, False  # for one backward, which overwrites it, but not what autograd has saved
     gradients = _linear_logps_backward(
-        *kept,
+        *((kept.data, bases) if keeps else (None, None)),
         hidden,
         weight,
         bias,
