@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from conftest import DEVICE, KERNELS, rand
 
 from grpo_fast import linear_selective_log_softmax
-from grpo_fast.ops import _linear_logps
+from grpo_fast.ops import _linear_logps, _workspace
 from grpo_fast.ops._row_kernels import LinearKernels, RowKernels, row_kernels
 
 pytestmark = [
@@ -84,7 +84,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         if out is not None:
             assert bases is not None
             out.copy_(log_p.exp())
-            bases.fill_(1.0)
+            bases.copy_(index)
         entropy = -(log_p.exp() * log_p).sum(-1) if return_entropy else log_p.new_empty(0)
         shift = torch.zeros_like(log_p[:, 0])
         return log_p.gather(1, index[:, None]).squeeze(1), entropy, shift, shift + 1.0
@@ -109,7 +109,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         if bases is None:
             logps(hidden, weight, bias, index, *options.values(), False, out, torch.empty_like(logp))
         else:
-            assert (bases == 1.0).all()
+            assert torch.equal(bases, index.to(bases.dtype))
         return Left(out, index, counts, entropy, d_logps, d_entropy)
 
     def logps_backward(*args: Any, **options: Any) -> None:
@@ -187,6 +187,32 @@ def test_a_second_backward_projects_again(products: list[int]) -> None:
     assert products == [N, N, N]
     for x, y in zip(once, twice, strict=True):
         torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-3)
+
+
+def test_several_launches(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each leaves its rows' exponentials; the backward has one section, whatever it is asked for."""
+    monkeypatch.setattr(_workspace, "LAUNCH_ROWS", 10)
+    upstream = rand(N, seed=4)
+    options: dict[str, Any] = {"mask": MASK, "workspace_bytes": 1}
+    check(upstream, **options)
+    assert products == [10, 8]
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (HIDDEN, WEIGHT))
+    logps = linear_selective_log_softmax(hidden, weight, INDEX, impl="triton", **OPTIONS, **options)
+    (found,) = torch.autograd.grad(logps, hidden, upstream)
+    truth, _ = gradients("torch", upstream, **options)
+    assert (found.double() - truth).norm() < 6e-3 * truth.norm()
+    assert products == 2 * [10, 8]
+
+
+def test_the_bias_alone(products: list[int]) -> None:
+    upstream, found = rand(N, seed=4), []
+    for impl, dtype in (("triton", torch.bfloat16), ("torch", torch.float64)):
+        hidden, weight, bias = (x.to(dtype) for x in (HIDDEN, WEIGHT, rand(V, seed=5).bfloat16()))
+        bias.requires_grad_()
+        logps = linear_selective_log_softmax(hidden, weight, INDEX, bias=bias, impl=impl, **OPTIONS)
+        found.append(torch.autograd.grad(logps, bias, upstream.to(logps.dtype))[0].double())
+    assert (found[0] - found[1]).norm() < 6e-3 * found[1].norm()
+    assert products == [N]
 
 
 @pytest.mark.parametrize("times", [1, 2])
