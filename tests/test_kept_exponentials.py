@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from conftest import DEVICE, KERNELS, rand
 
 from grpo_fast import linear_selective_log_softmax
-from grpo_fast.ops import _linear_logps, _workspace
+from grpo_fast.ops import _chunks, _linear_logps, _workspace
 from grpo_fast.ops._row_kernels import LinearKernels, RowKernels, row_kernels
 
 pytestmark = [
@@ -75,19 +75,20 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         out: Tensor | None = None,
         bases: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        assert softcap is None
+        assert softcap is None or out is None
         found.append(hidden.size(0))
         logits = hidden.float() @ weight.float().T
         if bias is not None:
             logits += bias.float()
-        log_p = (logits * (logit_scale / temperature)).log_softmax(-1)
+        logits *= logit_scale / temperature
+        log_p = logits.log_softmax(-1)
         if out is not None:
             assert bases is not None
             out.copy_(log_p.exp())
             bases.copy_(index)
         entropy = -(log_p.exp() * log_p).sum(-1) if return_entropy else log_p.new_empty(0)
-        shift = torch.zeros_like(log_p[:, 0])
-        return log_p.gather(1, index[:, None]).squeeze(1), entropy, shift, shift + 1.0
+        shift = logits.logsumexp(-1) / math.log(2.0)
+        return log_p.gather(1, index[:, None]).squeeze(1), entropy, shift, torch.ones_like(shift)
 
     def exponentials(
         out: Tensor,
@@ -116,7 +117,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         exponentials(*args, **options).gradient()
 
     linear = LinearKernels(
-        takes=lambda hidden, weight: True,
+        takes=lambda hidden, weight: hidden.stride(0) % 8 == weight.stride(0) % 8 == 0,
         loss_rows=None,  # type: ignore[arg-type]
         logps=logps,
         logps_backward=logps_backward,
@@ -179,6 +180,45 @@ def test_rows_that_nothing_flows_back_to(allow_sync: bool, products: list[int]) 
         projected = 18 if mask is not None and allow_sync else N
         again = [] if few or not allow_sync else [int(counts.sum())]
         assert products == [projected, *again]
+
+
+def test_rows_that_no_longer_begin_where_kernels_want_them(
+    products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view with room between its rows, of which one is put aside: logits are in memory then, of a few rows."""
+    rows: list[int] = []
+
+    def projection(weight: Tensor, bias: Tensor | None, count: int) -> _chunks.Projection:
+        rows.append(count)
+        return _projection(weight, bias, count)
+
+    _projection = _chunks.Projection
+    monkeypatch.setattr(_chunks, "Projection", projection)
+    upstream = rand(N, seed=4)
+    upstream[2] = 0.0
+    found = []
+    for impl, dtype in (("triton", torch.bfloat16), ("torch", torch.float64)):
+        leaves = [x.to(dtype)[:, :12].detach().requires_grad_() for x in (HIDDEN, WEIGHT)]
+        logps = linear_selective_log_softmax(*leaves, INDEX, impl=impl, workspace_bytes=1, **OPTIONS)
+        found.append(torch.autograd.grad(logps, leaves, upstream.to(logps.dtype)))
+    for x, y in zip(*found, strict=True):
+        assert (x.double() - y).norm() < 6e-3 * y.norm()
+    assert products == [N]
+    assert rows == [0, 1]
+
+
+def test_compiled(products: list[int]) -> None:
+    """Nothing is kept: a compiler wants to know sizes ahead."""
+
+    def value(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_selective_log_softmax(hidden, weight, INDEX, impl="triton", **OPTIONS)
+
+    upstream = rand(N, seed=4)
+    leaves = [x.detach().clone().requires_grad_() for x in (HIDDEN, WEIGHT)]
+    found = torch.autograd.grad(torch.compile(value, fullgraph=True, backend="aot_eager")(*leaves), leaves, upstream)
+    assert products == [N, N]
+    for x, y in zip(found, gradients("torch", upstream), strict=True):
+        assert (x.double() - y).norm() < 6e-3 * y.norm()
 
 
 def test_a_second_backward_projects_again(products: list[int]) -> None:
@@ -262,6 +302,28 @@ def test_what_is_not_kept(products: list[int]) -> None:
     with torch.no_grad():
         linear_selective_log_softmax(HIDDEN, WEIGHT, INDEX, impl="triton", **OPTIONS)
     assert products == [N]
+
+
+@pytest.mark.parametrize(
+    ("kept", "changes"),
+    [
+        (N, {}),
+        (0, {"needs": [False] * 3}),
+        (0, {"softcap": 9.0}),
+        (0, {"dtype": torch.float16}),
+        (N, {"workspace_bytes": 2 * V * N, "needs": [True, False, False]}),
+        (0, {"workspace_bytes": 2 * V * N - 1, "needs": [True, False, False]}),
+        (0, {"workspace_bytes": 2 * V * N, "needs": [True, False, False], "sparse_grad_tol": 0.01}),
+    ],
+)
+def test_how_much_is_kept(kept: int, changes: dict[str, Any], products: list[int]) -> None:
+    """Rows, where there is room for them all, and, if they may be sparse, for the dense ones beside them."""
+    options: dict[str, Any] = dict(softcap=None, label_smoothing=0.0, return_entropy=False, needs=[True] * 3)
+    options |= dict(workspace_bytes=2**20, allow_sync=True, impl="triton", group=None, sparse_grad_tol=None) | changes
+    dtype = options.pop("dtype", torch.bfloat16)
+    hidden, weight = HIDDEN[None].to(dtype), WEIGHT.to(dtype)
+    *_, left, bases = _linear_logps._linear_logps(hidden, weight, None, INDEX, None, 1.0, 1.0, **options)
+    assert (left.size(0), bases.size(0)) == (kept, kept)
 
 
 @pytest.mark.parametrize("zeros", [0, 16])

@@ -109,7 +109,7 @@ class ChunkedHead:
         keeps_logits: Whether there are logits in memory.
         sparse: Whether rows of the gradient may be sparse; a ``SparseGradient`` then takes those.
         logits_a_row: How many rows of logits the workspace has for each, with those ``beside`` this head's.
-        kept: (rows.total, row_width) to write the gradient to, of all rows at once.
+        kept: (rows.total, row_width) to write the gradient to, of all rows at once where no logits are in memory.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ChunkedHead:
             sparse=sparse,
             models=logits_a_row,
         )
-        if kept is not None:
+        if kept is not None and not keeps_logits:
             self._chunk_rows = self._section_rows = max(rows.live, 1)
         self._section = slice(0, 0)
         longest = {

@@ -21,7 +21,7 @@ class LinearKernels(NamedTuple):
     loss_rows: Callable[..., Any]
     logps: Callable[..., Any]
     logps_backward: Callable[..., Any]
-    exponentials: Callable[..., Any]  # in its place, where the gradient may be sparse
+    exponentials: Callable[..., Any]  # in its place, where they are kept or may be made sparse
     sum_of_rows: Callable[..., Any]  # a product with sparse rows
 
 
