@@ -322,8 +322,12 @@ def test_how_much_is_kept(kept: int, changes: dict[str, Any], products: list[int
     options |= dict(workspace_bytes=2**20, allow_sync=True, impl="triton", group=None, sparse_grad_tol=None) | changes
     dtype = options.pop("dtype", torch.bfloat16)
     hidden, weight = HIDDEN[None].to(dtype), WEIGHT.to(dtype)
-    *_, left, bases = _linear_logps._linear_logps(hidden, weight, None, INDEX, None, 1.0, 1.0, **options)
+    arguments = hidden, weight, None, INDEX, None, 1.0, 1.0
+    *_, left, bases = _linear_logps._linear_logps(*arguments, **options)
     assert (left.size(0), bases.size(0)) == (kept, kept)
+    torch.library.opcheck(
+        _linear_logps._linear_logps, arguments, options, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("zeros", [0, 16])

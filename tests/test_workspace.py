@@ -205,3 +205,28 @@ def test_peak(path: str, words: int, size: int, monkeypatch: pytest.MonkeyPatch)
             most += live * size * of_sums.itemsize  # all states, where the elements' sums read them
             most += 100 * live * ELEMENT_BYTES + 12 * 320 * head.longest_section + 8 * (words + 1)
         assert memory.peak - d_hidden.nbytes <= most, (workspace, live, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_given_back_whoever_holds_it(dtype: torch.dtype) -> None:
+    hidden, weight = torch.ones(1, 6, 4, dtype=dtype), torch.ones(5, 4, dtype=dtype)
+    states = HiddenRows(hidden, Rows(6, 6, 6), dtype)
+    head = ChunkedHead(states, weight, None, Needs(True, True, False), workspace_bytes=200)
+    held = []
+    for part, _ in head.chunks():
+        held += [head.logits(part), head.gradient(part).zero_()]
+        head.backpropagate(part)
+    assert all(x.untyped_storage().nbytes() > 0 for x in held)
+    head.finish()
+    assert all(x.untyped_storage().nbytes() == 0 for x in held)
+
+
+def test_memory_that_is_there_already_is_one_section() -> None:
+    """Whatever the workspace, and whichever gradients are asked for."""
+    hidden, weight = torch.ones(1, 6, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16)
+    kept = weight.new_ones(6, 5)
+    states = HiddenRows(hidden, Rows(6, 6, 6), torch.bfloat16)
+    needs = Needs(True, False, False)
+    head = ChunkedHead(states, weight, None, needs, workspace_bytes=1, keeps_logits=False, kept=kept)
+    assert list(head.chunks()) == [(slice(0, 6), True)]
+    assert head.gradient(slice(0, 6)).data_ptr() == kept.data_ptr()

@@ -34,8 +34,9 @@ def linear_selective_log_softmax(
 
     The forward is one matrix product. The backward takes one more for each of ``hidden`` and ``weight`` that requires
     a gradient. Before that it computes the logits again, of the rows whose upstream gradient is not 0, unless the
-    forward has kept them: on Hopper, in bfloat16, without a softcap or ``process_group``, 2 bytes a logit are kept
-    from the forward to the first backward if the workspace holds them all.
+    forward has kept them: on Hopper, in bfloat16, without a softcap, ``process_group`` or ``torch.compile``, 2 bytes
+    a logit are kept from the forward to the first backward if the workspace holds them all. It computes them again
+    nevertheless if that is for less than two thirds of the rows.
 
     If ``hidden`` alone requires a gradient, with neither ``return_entropy`` nor ``sparse_grad_tol``, the forward
     makes the log-probs' gradients by it too, with a second product. They are kept, in float32 and as large as
