@@ -182,6 +182,23 @@ def test_rows_that_nothing_flows_back_to(allow_sync: bool, products: list[int]) 
         assert products == [projected, *again]
 
 
+@pytest.mark.parametrize("zeros", [0, 1])
+@pytest.mark.parametrize("forward_waits", [True, False])
+def test_only_one_of_the_two_may_wait(
+    forward_waits: bool, zeros: int, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a CUDA graph is captured around one of them: the rows are those of the forward."""
+    mask = torch.arange(N, device=DEVICE) % 5 != 1
+    upstream = rand(N, seed=4)
+    upstream[2 : 2 + zeros] = 0.0
+    truth = gradients("torch", upstream, mask=mask)
+    waits = iter([forward_waits, *2 * [not forward_waits]])
+    monkeypatch.setattr(_linear_logps, "may_wait", lambda *_: next(waits))
+    for x, y in zip(gradients("triton", upstream, mask=mask), truth, strict=True):
+        assert (x.double() - y).norm() < 6e-3 * y.norm()
+    assert products == [int(mask.sum()) if forward_waits else N]
+
+
 def test_rows_that_no_longer_begin_where_kernels_want_them(
     products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
