@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif("triton" not in KERNELS, reason="stands in for kernels that Triton's have none of"),
 ]
 
-N, V, H = 24, 61, 16
+N, V, H = 24, 56, 16
 HIDDEN = rand(N, H, seed=1).bfloat16()
 WEIGHT = rand(V, H, seed=2, scale=0.5).bfloat16()
 INDEX = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3)).to(DEVICE)

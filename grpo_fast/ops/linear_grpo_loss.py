@@ -272,7 +272,7 @@ def _fused(
     )
     loss, named = name_results(results, batch, zero_std)
     loss = known_gradients(loss, (hidden, weight, bias), gradients, needs, weight_grad_out, chunk_options["impl"])
-    logps, entropy = (x.view(batch.completion_ids.shape) for x in rows[:2].clone())
+    logps, entropy = (x.view(batch.completion_ids.shape) for x in rows[:2].unbind())
     return GRPOLossOutput(loss, logps, entropy, named)
 
 
