@@ -266,7 +266,7 @@ def test_a_launch_that_fails_says_what_it_was_for(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("count", [0, 5])
 def test_only_an_empty_batch_may_lack_what_a_loss_needs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """An empty tensor has no address, as None has none. Past the checks it is CUDA that says there is no GPU."""
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cuda, "stream", lambda _: 0)
     monkeypatch.setattr(cuda, "layout", lambda *_: _C.Layout(1, 8, 4))
     extension = SimpleNamespace(
         Rows=_C.Rows,

@@ -344,11 +344,13 @@ def registered_case(world: World, precision: Precision) -> None:
     hidden, weight = world.hidden.float(), world.weight[world.shard].float()
     options = (0.7, 1.3, 4.0)
     chunks = (WORKSPACE, True, precision[0], group, None)
-    opcheck(_linear_logps, (hidden, weight, None, *flat, *options, 0.0, True, *chunks))
-    found = _linear_logps(hidden, weight, None, *flat, *options, 0.0, True, *chunks)
-    upstream = world.rand(2, N, seed=15).float().unbind()
     needs = [True, True, False]
-    saved = (hidden, weight, None, *flat, *found, *upstream)
+    inputs = (hidden, weight, None, *flat, *options, 0.0, True, needs, *chunks)
+    opcheck(_linear_logps, inputs)
+    *found, kept_exponentials, _ = _linear_logps(*inputs)
+    assert kept_exponentials.numel() == 0
+    upstream = world.rand(2, N, seed=15).float().unbind()
+    saved = (None, None, hidden, weight, None, *flat, *found, *upstream)
     opcheck(_linear_logps_backward, (*saved, needs, *options, 0.0, *chunks))
     logits = world.rand(B, T, size, seed=11).float()
     opcheck(_selective_log_softmax, (logits, index, None, *options, True, False, precision[0], group))
