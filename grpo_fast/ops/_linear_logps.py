@@ -121,13 +121,11 @@ def _linear_logps(
         options = temperature, logit_scale, softcap, return_entropy
         states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
         which = kernels, states, weight, label_smoothing, softcap, group is not None
-        linear = linear_kernels(*which, gradient="none")
+        linear = linear_kernels(*which, gradient="by exponentials") if any(needs) else None
         keeps = 0
-        if (
-            any(needs)
-            and linear_kernels(*which, gradient="by exponentials") is not None
-            and one_section_holds(states, weight, Needs(*needs), workspace_bytes, sparse=sparse_grad_tol is not None)
-        ):
+        if linear is None:
+            linear = linear_kernels(*which, gradient="none")
+        elif one_section_holds(states, weight, Needs(*needs), workspace_bytes, sparse=sparse_grad_tol is not None):
             keeps = rows.total
         kept = weight.new_empty(keeps, row_width(weight), dtype=states.dtype)
         bases = results.new_empty(keeps)
