@@ -156,29 +156,47 @@ struct Head {
   int64_t weight_stride;
   const float* bias;  // (V,); null for none
   int count, V, H;
-  Values ids;  // per row, the sampled tokens
+  const int64_t* counted;  // a scalar: how many rows there are, if less than `count`; null where the host knows
+  Values ids;              // per row, the sampled tokens
   LogitOptions options;
   int multiprocessors;  // of the device
 };
 
-// How many clusters of blocks share a row of the product.
-int linear_lanes(int count, int multiprocessors);
+// Some words of rows.
+struct Words {
+  uint16_t* values;  // (count, words), at multiples of 16 bytes; null for none
+  int64_t stride;    // a multiple of 8, not less than the number of words
+};
 
 // exp2 of a row's logits less a base, in 16 bits each (exponential.cuh); then, in their place, the gradient. For
 // bfloat16, and rows without a softcap: they have no digits for more.
 struct Exponentials {
-  uint16_t* values;  // (count, V), at multiples of 16 bytes; null for none
-  int64_t stride;    // a multiple of 8, not less than V
-  float* bases;      // (count,)
+  Words first;
+  Words rest;    // of the words from `split` on
+  int split;     // a multiple of kTileWords
+  float* bases;  // (count,)
 };
 
-// The product: each lane's statistics of each row, (lanes, count), and the exponentials.
-cudaError_t linear_statistics(const Head& head, const Exponentials& exponentials, float4* partials,
-                              cudaStream_t stream);
+constexpr int kTileWords = 256;
+
+// What each lane of the product, clusters of blocks that share a row, found of it.
+struct Partials {
+  float4* values;  // (linear_lanes, stride)
+  int stride;      // no less than the number of rows
+  int* lanes;      // a scalar: how many there were
+};
+
+// How many there are of so many rows, and of any number of them at the most.
+int linear_lanes(int count, int multiprocessors);
+int linear_lanes_at_most(int multiprocessors);
+
+// The product: the statistics of each row, and the exponentials.
+cudaError_t linear_product(const Head& head, const Exponentials& exponentials, const Partials& partials,
+                           cudaStream_t stream);
 
 // What follows from the statistics: log-probs, or the loss, and then the slopes of the gradient, (count,).
-cudaError_t linear_log_probs(const Head& head, const float4* partials, const LogProbs& results, cudaStream_t stream);
-cudaError_t linear_loss(const Head& head, const float4* partials, const LossOptions& options, const Plan& plan,
+cudaError_t linear_log_probs(const Head& head, const Partials& partials, const LogProbs& results, cudaStream_t stream);
+cudaError_t linear_loss(const Head& head, const Partials& partials, const LossOptions& options, const Plan& plan,
                         const TokenInputs& inputs, const RowResults& results, float4* slopes, cudaStream_t stream);
 cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8_t* kept, const float* d_logps,
                           const float* d_entropies, float4* slopes, cudaStream_t stream);
@@ -230,7 +248,7 @@ struct SparseRows {
 constexpr int64_t kRaisedKey = INT64_MIN;  // the sign bit: the element was smaller than the threshold
 constexpr int kSparseWords = 262144;       // the most words of a row; MOST_WORDS in Python
 
-// `usual`: a scalar, how large the sampled tokens' elements are in the root mean square.
+// Of exponentials in one place. `usual`: a scalar, how large the sampled tokens' elements are in the root mean square.
 cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
                         const float* usual, float tolerance, const SparseRows& out, cudaStream_t stream);
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "api.h"
@@ -59,6 +60,19 @@ int code(cudaError_t error) {
 
 cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
+using Words = std::pair<Address, std::int64_t>;  // address and stride
+
+gf::Words words(const Words& part) {
+  want(part.first % 16 == 0 && part.second % 8 == 0, "stride", part.second, "rows at multiples of 16 bytes");
+  return {pointer<std::uint16_t>(part.first), part.second};
+}
+
+using Partials = std::tuple<Address, int, Address>;  // address, stride, and that of the number of lanes
+
+gf::Partials partials_of(const Partials& partials) {
+  return {pointer<float4>(std::get<0>(partials)), std::get<1>(partials), pointer<int>(std::get<2>(partials))};
+}
+
 using Strides = std::pair<std::int64_t, std::int64_t>;
 
 bool is_half(gf::DType dtype) { return dtype == gf::DType::kBFloat16 || dtype == gf::DType::kFloat16; }
@@ -100,8 +114,8 @@ gf::Layout make_layout(int cluster, int consumers, int stages) {
 }
 
 gf::Head make_head(Tensor hidden, std::int64_t hidden_stride, Tensor weight, std::int64_t weight_stride, Address bias,
-                   int count, int V, int H, Tensor ids, bool has_softcap, float slope, float cap, float cap_in,
-                   int multiprocessors) {
+                   int count, int V, int H, Address counted, Tensor ids, bool has_softcap, float slope, float cap,
+                   float cap_in, int multiprocessors) {
   const char* const aligned = "rows at multiples of 16 bytes";
   want(is_half(values(hidden).dtype), "hidden's dtype", hidden.second, "1 (bfloat16) or 2 (float16)");
   want(weight.second == hidden.second, "weight's dtype", weight.second, "that of hidden");
@@ -121,6 +135,7 @@ gf::Head make_head(Tensor hidden, std::int64_t hidden_stride, Tensor weight, std
           count,
           V,
           H,
+          pointer<const std::int64_t>(counted),
           values(ids),
           {has_softcap, slope, cap, cap_in},
           multiprocessors};
@@ -248,17 +263,17 @@ PYBIND11_MODULE(_C, m) {
       py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("layout"), py::arg("kept"), py::arg("logps"),
       py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
 
-  py::class_<gf::Head>(m, "Head").def(py::init(&make_head), py::arg("hidden"), py::arg("hidden_stride"),
-                                      py::arg("weight"), py::arg("weight_stride"), py::arg("bias"), py::arg("count"),
-                                      py::arg("V"), py::arg("H"), py::arg("ids"), py::arg("has_softcap"),
-                                      py::arg("slope"), py::arg("cap"), py::arg("cap_in"), py::arg("multiprocessors"));
+  py::class_<gf::Head>(m, "Head").def(
+      py::init(&make_head), py::arg("hidden"), py::arg("hidden_stride"), py::arg("weight"), py::arg("weight_stride"),
+      py::arg("bias"), py::arg("count"), py::arg("V"), py::arg("H"), py::arg("counted"), py::arg("ids"),
+      py::arg("has_softcap"), py::arg("slope"), py::arg("cap"), py::arg("cap_in"), py::arg("multiprocessors"));
 
   py::class_<gf::Exponentials>(m, "Exponentials")
-      .def(py::init([](Address values, std::int64_t stride, Address bases) -> gf::Exponentials {
-             want(values % 16 == 0 && stride % 8 == 0, "stride", stride, "rows at multiples of 16 bytes");
-             return {pointer<std::uint16_t>(values), stride, pointer<float>(bases)};
+      .def(py::init([](Words first, Words rest, int split, Address bases) -> gf::Exponentials {
+             want(split % gf::kTileWords == 0, "split", split, "a multiple of 256 words");
+             return {words(first), words(rest), split, pointer<float>(bases)};
            }),
-           py::arg("values"), py::arg("stride"), py::arg("bases"));
+           py::arg("first"), py::arg("rest"), py::arg("split"), py::arg("bases"));
 
   py::class_<gf::SparseLimits>(m, "SparseLimits")
       .def(py::init([](Address totals, std::pair<std::uint64_t, std::uint64_t> room, int most_dense) {
@@ -269,50 +284,44 @@ PYBIND11_MODULE(_C, m) {
            py::arg("totals"), py::arg("room"), py::arg("most_dense"));
 
   m.def("linear_lanes", &gf::linear_lanes, py::arg("count"), py::arg("multiprocessors"));
+  m.def("linear_lanes_at_most", &gf::linear_lanes_at_most, py::arg("multiprocessors"));
 
   m.def(
-      "linear_log_probs",
-      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address partials,
-         Address logps, Address entropies, Address shifts, Address totals) -> int {
-        const OnDevice on(device);
-        if (on.error() != cudaSuccess) return code(on.error());
-        auto* found = pointer<float4>(partials);
-        const cudaError_t error = gf::linear_statistics(head, exponentials, found, stream_of(stream));
-        if (error != cudaSuccess) return code(error);
-        return code(gf::linear_log_probs(
-            head, found,
-            {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
-            stream_of(stream)));
-      },
-      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("partials"),
-      py::arg("logps"), py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
-
-  m.def(
-      "linear_exponentials",
+      "linear_product",
       [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials,
-         Address partials) -> int {
+         const Partials& partials) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
-        return code(gf::linear_statistics(head, exponentials, pointer<float4>(partials), stream_of(stream)));
+        return code(gf::linear_product(head, exponentials, partials_of(partials), stream_of(stream)));
       },
       py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("partials"));
 
   m.def(
-      "linear_loss_rows",
-      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, const Loss& loss,
-         Address partials, Address slopes) -> int {
+      "linear_log_probs",
+      [](int device, Address stream, const gf::Head& head, const Partials& partials, Address logps, Address entropies,
+         Address shifts, Address totals) -> int {
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
-        auto* found = pointer<float4>(partials);
-        cudaError_t error = gf::plan(loss.batch, loss.inputs, loss.plan, stream_of(stream));
+        return code(gf::linear_log_probs(
+            head, partials_of(partials),
+            {pointer<float>(logps), pointer<float>(entropies), pointer<float>(shifts), pointer<float>(totals)},
+            stream_of(stream)));
+      },
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("partials"), py::arg("logps"),
+      py::arg("entropies"), py::arg("shifts"), py::arg("totals"));
+
+  m.def(
+      "linear_loss",
+      [](int device, Address stream, const gf::Head& head, const Partials& partials, const Loss& loss,
+         Address slopes) -> int {
+        const OnDevice on(device);
+        if (on.error() != cudaSuccess) return code(on.error());
+        const cudaError_t error = gf::plan(loss.batch, loss.inputs, loss.plan, stream_of(stream));
         if (error != cudaSuccess) return code(error);
-        error = gf::linear_statistics(head, exponentials, found, stream_of(stream));
-        if (error != cudaSuccess) return code(error);
-        return code(gf::linear_loss(head, found, loss.options, loss.plan, loss.tokens, loss.results,
+        return code(gf::linear_loss(head, partials_of(partials), loss.options, loss.plan, loss.tokens, loss.results,
                                     pointer<float4>(slopes), stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("loss"),
-      py::arg("partials"), py::arg("slopes"));
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("partials"), py::arg("loss"), py::arg("slopes"));
 
   m.def(
       "linear_slopes",

@@ -17,6 +17,12 @@ constexpr float kFar = 100.0f;
 // The base of a row whose sampled token is excluded, or is none.
 constexpr float kLowestBase = -1e30f;
 
+// Where a row's words from this one on lie, as far as they lie together.
+__device__ inline uint16_t* place_of(const Exponentials& all, int64_t n, int word) {
+  return word < all.split ? all.first.values + n * all.first.stride + word
+                          : all.rest.values + n * all.rest.stride + (word - all.split);
+}
+
 // Two neighbours, the first in the low half. (A shift to the left instead, one instruction less, is not safe: where x
 // is a product, ptxas 13.0 multiplies its factors' bits.)
 __device__ inline uint32_t pack_exponentials(float x, float y) {

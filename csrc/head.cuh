@@ -7,6 +7,11 @@
 
 namespace grpo_fast {
 
+__device__ inline int rows_of(const Head& head) {
+  if (head.counted == nullptr) return head.count;
+  return static_cast<int>(max(min(int64_t(head.count), *head.counted), int64_t(0)));
+}
+
 // The logit of a word in row n, before scale and softcap, or the share in it of one of so many lanes.
 template <typename T>
 __device__ inline float logit(const Head& head, int n, int word, int lane, int lanes) {

@@ -13,10 +13,10 @@ constexpr int kVectorsAThread = 4;
 constexpr int kVectorsABlock = kThreads * kVectorsAThread;
 
 // A row's softmax, from what the lanes found.
-__device__ Softmax softmax(const Head& head, const float4* partials, int lanes, int n) {
+__device__ Softmax softmax(const Head& head, const Partials& partials, int n) {
   Statistics rest;
-  for (int lane = 0; lane < lanes; ++lane) {
-    const float4 part = partials[int64_t(lane) * head.count + n];
+  for (int lane = 0; lane < *partials.lanes; ++lane) {
+    const float4 part = partials.values[int64_t(lane) * partials.stride + n];
     rest.merge({part.x, part.y, part.z, part.w}, head.options.slope * kLog2e);
   }
   const int64_t id = integer(head.ids, n);
@@ -25,25 +25,25 @@ __device__ Softmax softmax(const Head& head, const float4* partials, int lanes, 
 
 // Kernels by row: a thread each.
 
-__global__ void log_probs_kernel(const Head head, const float4* partials, int lanes, const LogProbs results) {
+__global__ void log_probs_kernel(const Head head, const Partials partials, const LogProbs results) {
   const int n = blockIdx.x * kThreads + threadIdx.x;
-  if (n >= head.count) return;
-  const Softmax row = softmax(head, partials, lanes, n);
+  if (n >= rows_of(head)) return;
+  const Softmax row = softmax(head, partials, n);
   results.logps[n] = row.logp;
   results.shifts[n] = row.shift;
   results.totals[n] = row.total;
   if (results.entropies != nullptr) results.entropies[n] = row.entropy;
 }
 
-__global__ void loss_kernel(const Head head, const float4* partials, int lanes, const GrpoLoss op, Slopes* slopes) {
+__global__ void loss_kernel(const Head head, const Partials partials, const GrpoLoss op, Slopes* slopes) {
   const int n = blockIdx.x * kThreads + threadIdx.x;
-  if (n >= head.count) return;
+  if (n >= rows_of(head)) return;
   if (op.plan.kept != nullptr && op.plan.kept[n] == 0) {
     op.skip(n);
     if (slopes != nullptr) slopes[n] = {};
     return;
   }
-  const Softmax row = softmax(head, partials, lanes, n);
+  const Softmax row = softmax(head, partials, n);
   const GrpoLoss::Result result = op.evaluate(op.load(n), row);
   op.store(n, row, result);
   if (slopes != nullptr) slopes[n] = Slopes::from(row, result.d_logp, result.d_entropy, head.options);
@@ -52,7 +52,7 @@ __global__ void loss_kernel(const Head head, const float4* partials, int lanes, 
 __global__ void slopes_kernel(const Head head, const LogProbs results, const uint8_t* kept, const float* d_logps,
                               const float* d_entropies, Slopes* slopes) {
   const int n = blockIdx.x * kThreads + threadIdx.x;
-  if (n >= head.count) return;
+  if (n >= rows_of(head)) return;
   const int64_t id = integer(head.ids, n);
   const bool counts = kept == nullptr || kept[n] != 0, sampled = id >= 0 && id < head.V, tilt = d_entropies != nullptr;
   const Softmax row = {results.logps[n], tilt ? results.entropies[n] : 0.0f, results.shifts[n], results.totals[n],
@@ -67,8 +67,20 @@ cudaError_t launch_by_row(Kernel* kernel, const Head& head, cudaStream_t stream,
   return cudaGetLastError();
 }
 
-__host__ __device__ inline int slices_of(const Head& head) {
-  return static_cast<int>((int64_t(head.V) + 8 * kVectorsABlock - 1) / (8 * kVectorsABlock));
+// The vectors of a row that lie together, and the slices that they make.
+struct Stretch {
+  int vectors, slices;
+
+  __host__ __device__ explicit Stretch(int words)
+      : vectors(words / 8 + (words % 8 != 0)), slices((vectors + kVectorsABlock - 1) / kVectorsABlock) {}
+};
+
+__host__ __device__ inline Stretch first_of(const Head& head, const Exponentials& all) {
+  return Stretch(head.V < all.split ? head.V : all.split);
+}
+
+__host__ __device__ inline Stretch rest_of(const Head& head, const Exponentials& all) {
+  return Stretch(head.V < all.split ? 0 : head.V - all.split);
 }
 
 // A block a slice of a row, of all rows or of those in `which`: each exponential is read once and the gradient written
@@ -76,16 +88,19 @@ __host__ __device__ inline int slices_of(const Head& head) {
 template <bool kTilt>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(const Head head, const Exponentials exponentials, const Slopes* all, const int64_t* which) {
-  const int vectors = (head.V + 7) / 8, slices = slices_of(head), place = blockIdx.x / slices;
+  const Stretch early = first_of(head, exponentials), late = rest_of(head, exponentials);
+  const int slices = early.slices + late.slices, place = blockIdx.x / slices, slice = blockIdx.x % slices;
   const int n = which == nullptr ? place : static_cast<int>(which[place]);
   const float inner = head.options.slope * kLog2e;
   const Slopes slopes = all[n];
   const float up = exponentials.bases[n] - slopes.shift, factor = exp2f(up);
   const bool zero = slopes.zero(), far = -up > kFar;
   const int64_t id = integer(head.ids, n);
-  uint4* const row = reinterpret_cast<uint4*>(exponentials.values + n * exponentials.stride);
+  const bool is_late = slice >= early.slices;
+  const int before = is_late ? early.vectors : 0, vectors = is_late ? late.vectors : early.vectors;
+  uint4* const row = reinterpret_cast<uint4*>(place_of(exponentials, n, before * 8));
 
-  const int first = blockIdx.x % slices * kVectorsABlock + threadIdx.x;
+  const int first = (is_late ? slice - early.slices : slice) * kVectorsABlock + threadIdx.x;
   uint4 raw[kVectorsAThread] = {};
 #pragma unroll
   for (int j = 0; j < kVectorsAThread; ++j) {
@@ -101,11 +116,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] = slopes.of_exponential<kTilt>(x[i], factor, up);
     } else if (!zero) {
-      for (int i = 0; i < 8 && vector * 8 + i < head.V; ++i) {
-        x[i] = slopes.at<false, kTilt>(logit<__nv_bfloat16>(head, n, vector * 8 + i, 0, 1), inner, head.options);
+      const int word = (before + vector) * 8;
+      for (int i = 0; i < 8 && word + i < head.V; ++i) {
+        x[i] = slopes.at<false, kTilt>(logit<__nv_bfloat16>(head, n, word + i, 0, 1), inner, head.options);
       }
     }
-    if (!zero && id >= 0 && id / 8 == vector) {
+    if (!zero && id >= 0 && id / 8 == before + vector) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] = i == id % 8 ? slopes.at_target : x[i];
     }
@@ -113,18 +129,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int lanes_of(const Head& head) { return linear_lanes(head.count, head.multiprocessors); }
-
 }  // namespace
 
-cudaError_t linear_log_probs(const Head& head, const float4* partials, const LogProbs& results, cudaStream_t stream) {
-  return launch_by_row(log_probs_kernel, head, stream, partials, lanes_of(head), results);
+cudaError_t linear_log_probs(const Head& head, const Partials& partials, const LogProbs& results, cudaStream_t stream) {
+  return launch_by_row(log_probs_kernel, head, stream, partials, results);
 }
 
-cudaError_t linear_loss(const Head& head, const float4* partials, const LossOptions& options, const Plan& plan,
+cudaError_t linear_loss(const Head& head, const Partials& partials, const LossOptions& options, const Plan& plan,
                         const TokenInputs& inputs, const RowResults& results, float4* slopes, cudaStream_t stream) {
   const GrpoLoss op = {options, plan, inputs, results};
-  return launch_by_row(loss_kernel, head, stream, partials, lanes_of(head), op, reinterpret_cast<Slopes*>(slopes));
+  return launch_by_row(loss_kernel, head, stream, partials, op, reinterpret_cast<Slopes*>(slopes));
 }
 
 cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8_t* kept, const float* d_logps,
@@ -137,8 +151,8 @@ cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, 
                             const int64_t* which, int count, cudaStream_t stream) {
   if (head.hidden.dtype != DType::kBFloat16) return cudaErrorInvalidValue;
   const auto kernel = tilted ? gradient_kernel<true> : gradient_kernel<false>;
-  const unsigned blocks = static_cast<unsigned>(count) * slices_of(head);
-  kernel<<<blocks, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), which);
+  const unsigned slices = first_of(head, exponentials).slices + rest_of(head, exponentials).slices;
+  kernel<<<count * slices, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), which);
   return cudaGetLastError();
 }
 

@@ -12,7 +12,8 @@
 //                                     Where a row's sum is known from before they write the gradient itself.
 //
 // While one warpgroup is with its statistics the other multiplies, as far apart as the ring allows. Clusters that share
-// rows have every n-th tile of words; linear_rows.cu merges what they found.
+// rows have every n-th tile of words; linear_rows.cu merges what they found. How many do follows from the number of
+// rows, which the host need not know.
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -30,9 +31,9 @@
 namespace grpo_fast {
 namespace {
 
-constexpr int kRows = 128;   // of a block
-constexpr int kWords = 256;  // of a tile
-constexpr int kDepth = 64;   // of the hidden size, in a stage of the ring: 128 bytes, the width of a tile's swizzle
+constexpr int kRows = 128;  // of a block
+constexpr int kWords = kTileWords;
+constexpr int kDepth = 64;  // of the hidden size, in a stage of the ring: 128 bytes, the width of a tile's swizzle
 constexpr int kStages = 4;
 constexpr int kCluster = 2;
 constexpr uint16_t kAllBlocks = (1 << kCluster) - 1;
@@ -70,17 +71,28 @@ struct Problem {
   Head head;
   Exponentials exponentials;  // their place is that of the gradient too
   const Slopes* slopes;       // (count,), of the gradient
-  int pairs, lanes;           // of 256 rows, and how many clusters share each
-  float4* partials;           // (lanes, count)
-
-  // Items in an order in which those near each other share rows as well as words: a band of pairs at a time.
-  __device__ Item item(int i) const {
-    const int band = i / (kBand * lanes), first = band * kBand;
-    const int width = min(kBand, pairs - first);
-    i -= first * lanes;
-    return {first + i % width, i / width};
-  }
+  Partials partials;
 };
+
+__host__ __device__ inline int pairs_of(int rows) { return (rows + kCluster * kRows - 1) / (kCluster * kRows); }
+
+// How many clusters share the rows of a pair of blocks: the fewest with which all have as many shares.
+__host__ __device__ inline int lanes_of(int pairs, int clusters) {
+  int divisor = clusters;
+  for (int rest = pairs; rest != 0;) {
+    const int next = divisor % rest;
+    divisor = rest, rest = next;
+  }
+  return clusters / divisor;
+}
+
+// Items in an order in which those near each other share rows as well as words: a band of pairs at a time.
+__device__ inline Item item_of(int i, int pairs, int lanes) {
+  const int band = i / (kBand * lanes), first = band * kBand;
+  const int width = min(kBand, pairs - first);
+  i -= first * lanes;
+  return {first + i % width, i / width};
+}
 
 template <typename T, bool kSoftcap, bool kBias, Makes kMakes>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -101,17 +113,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   cluster_sync();
 
-  const int group = threadIdx.x / 128, clusters = gridDim.x / kCluster;
+  const int group = threadIdx.x / 128;
   const Head& head = problem.head;
+  const int count = rows_of(head), in_all = pairs_of(count);
+  const int clusters = gridDim.x / kCluster, lanes = lanes_of(in_all, clusters), items = in_all * lanes;
+  if (problem.partials.lanes != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *problem.partials.lanes = lanes;
   const int tiles = (head.V + kWords - 1) / kWords, steps = (head.H + kDepth - 1) / kDepth;
   Ring ring;
   if (group == kConsumers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x % 128 == 0) {
-      for (int item = blockIdx.x / kCluster; item < problem.pairs * problem.lanes; item += clusters) {
-        const Item at = problem.item(item);
+      for (int item = blockIdx.x / kCluster; item < items; item += clusters) {
+        const Item at = item_of(item, in_all, lanes);
         const int row = (at.pair * kCluster + static_cast<int>(rank)) * kRows;
-        for (int tile = at.lane; tile < tiles; tile += problem.lanes) {
+        for (int tile = at.lane; tile < tiles; tile += lanes) {
           const int word = tile * kWords + static_cast<int>(rank) * (kWords / kCluster);
           for (int step = 0; step < steps; ++step, ring.next()) {
             char* const stage = stages + ring.stage * kStageBytes;
@@ -136,20 +151,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto release = [&](int stage) {
       if (thread < kCluster) barrier_arrive_at(&empty[stage], thread);
     };
-    for (int item = blockIdx.x / kCluster; item < problem.pairs * problem.lanes; item += clusters) {
-      const Item at = problem.item(item);
+    for (int item = blockIdx.x / kCluster; item < items; item += clusters) {
+      const Item at = item_of(item, in_all, lanes);
       const int row = (at.pair * kCluster + static_cast<int>(rank)) * kRows + first_row;
       Statistics rows[2];
       int64_t ids[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) ids[h] = row + 8 * h < head.count ? integer(head.ids, row + 8 * h) : -1;
+      for (int h = 0; h < 2; ++h) ids[h] = row + 8 * h < count ? integer(head.ids, row + 8 * h) : -1;
       float bases[2] = {};
       if (kKeep) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          bases[h] = row + 8 * h < head.count ? problem.exponentials.bases[row + 8 * h] : 0.0f;
+        for (int h = 0; h < 2; ++h) bases[h] = row + 8 * h < count ? problem.exponentials.bases[row + 8 * h] : 0.0f;
       }
-      for (int tile = at.lane; tile < tiles; tile += problem.lanes) {
+      for (int tile = at.lane; tile < tiles; tile += lanes) {
         float logits[128];
         int previous = -1;
         for (int step = 0; step < steps; ++step, ring.next()) {
@@ -195,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           const bool here = place >= 0 && place < 128 && place % 8 < 2;
           const int which = here ? static_cast<int>(place / 8 * 2 + place % 8) : -1;
           if (kGradient) {
-            Slopes slopes = row + 8 * h < head.count ? problem.slopes[row + 8 * h] : Slopes{};
+            Slopes slopes = row + 8 * h < count ? problem.slopes[row + 8 * h] : Slopes{};
             if (slopes.zero()) slopes.shift = -kFloor;  // 0 times an exponential shall be 0, whatever the logits are
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
@@ -224,11 +238,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                                : pack_bfloat16(u[2 * i], u[2 * i + 1]);
             }
             const int start = tile * kWords + part % 2 * 128 + lane % 4 * 8;
-            uint16_t* to = problem.exponentials.values + (row + 8 * h) * problem.exponentials.stride + start;
+            uint16_t* to = place_of(problem.exponentials, row + 8 * h, start);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const uint4 group = gather_groups(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
-              if (row + 8 * h < head.count && start + 32 * i < head.V) {
+              if (row + 8 * h < count && start + 32 * i < head.V) {
                 __stcs(reinterpret_cast<uint4*>(to + 32 * i), group);
               }
             }
@@ -245,8 +259,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                      inner);
         }
         const int n = row + 8 * h;
-        if (lane % 4 == 0 && n < head.count) {
-          problem.partials[int64_t(at.lane) * head.count + n] =
+        if (lane % 4 == 0 && n < count) {
+          problem.partials.values[int64_t(at.lane) * problem.partials.stride + n] =
               make_float4(mine.base, mine.sum, mine.weighted, mine.target);
         }
       }
@@ -260,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T>
 __global__ void base_kernel(const Head head, float* bases) {
   const int n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (n >= head.count) return;
+  if (n >= rows_of(head)) return;
   const int64_t id = integer(head.ids, n);
   float base = kLowestBase;
   if (id >= 0 && id < head.V) {
@@ -306,7 +320,7 @@ template <typename T>
 auto* choose_kernel(const Problem& problem) {
   constexpr Makes kMakes = Makes::kStatistics;
   const bool softcap = problem.head.options.has_softcap, bias = problem.head.bias != nullptr;
-  if (problem.exponentials.values != nullptr) {
+  if (problem.exponentials.first.values != nullptr) {
     return bias ? product_kernel<__nv_bfloat16, false, true, Makes::kExponentials>
                 : product_kernel<__nv_bfloat16, false, false, Makes::kExponentials>;
   }
@@ -330,9 +344,8 @@ cudaError_t launch(Kernel* kernel, const CUtensorMap& hidden, const CUtensorMap&
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kCluster, 1, 1};
-  const int items = problem.pairs * problem.lanes, clusters = problem.head.multiprocessors / kCluster;
   cudaLaunchConfig_t config = {};
-  config.gridDim = kCluster * (items < clusters ? items : clusters);
+  config.gridDim = problem.head.multiprocessors / kCluster * kCluster;
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
@@ -344,7 +357,7 @@ cudaError_t launch(Kernel* kernel, const CUtensorMap& hidden, const CUtensorMap&
 template <typename T>
 cudaError_t statistics(const CUtensorMap& hidden, const CUtensorMap& weight, const Problem& problem,
                        cudaStream_t stream) {
-  if (problem.exponentials.values != nullptr) {
+  if (problem.exponentials.first.values != nullptr) {
     if (std::is_same_v<T, __half> || problem.head.options.has_softcap) return cudaErrorInvalidValue;
     constexpr int kRowsABlock = 8;
     base_kernel<T><<<(problem.head.count + kRowsABlock - 1) / kRowsABlock, 32 * kRowsABlock, 0, stream>>>(
@@ -364,29 +377,18 @@ cudaError_t describe_head(CUtensorMap* hidden, CUtensorMap* weight, const Head& 
   return describe(weight, encode, head.weight, head.V, head.H, head.weight_stride, kWords / kCluster);
 }
 
-int pairs_of(int count) { return (count + kCluster * kRows - 1) / (kCluster * kRows); }
-
 }  // namespace
 
-int linear_lanes(int count, int multiprocessors) {
-  const int pairs = pairs_of(count), clusters = multiprocessors / kCluster;
-  // Every cluster has so many shares of the words; the fewest rounds, in units of a whole one, are best.
-  int best = 1;
-  double least = 1e30;
-  for (int lanes = 1; lanes <= clusters; ++lanes) {
-    const double rounds = double((pairs * lanes + clusters - 1) / clusters) / lanes;
-    if (rounds < least - 1e-9) best = lanes, least = rounds;
-  }
-  return best;
-}
+int linear_lanes(int count, int multiprocessors) { return lanes_of(pairs_of(count), multiprocessors / kCluster); }
 
-cudaError_t linear_statistics(const Head& head, const Exponentials& exponentials, float4* partials,
-                              cudaStream_t stream) {
+int linear_lanes_at_most(int multiprocessors) { return multiprocessors / kCluster; }
+
+cudaError_t linear_product(const Head& head, const Exponentials& exponentials, const Partials& partials,
+                           cudaStream_t stream) {
   CUtensorMap hidden, weight;
   const cudaError_t error = describe_head(&hidden, &weight, head);
   if (error != cudaSuccess) return error;
-  const Problem problem = {
-      head, exponentials, nullptr, pairs_of(head.count), linear_lanes(head.count, head.multiprocessors), partials};
+  const Problem problem = {head, exponentials, nullptr, partials};
   return head.hidden.dtype == DType::kBFloat16 ? statistics<__nv_bfloat16>(hidden, weight, problem, stream)
                                                : statistics<__half>(hidden, weight, problem, stream);
 }
@@ -397,12 +399,7 @@ cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& pla
   CUtensorMap hidden, weight;
   const cudaError_t error = describe_head(&hidden, &weight, head);
   if (error != cudaSuccess) return error;
-  const Problem problem = {head,
-                           place,
-                           reinterpret_cast<const Slopes*>(slopes),
-                           pairs_of(head.count),
-                           linear_lanes(head.count, head.multiprocessors),
-                           nullptr};
+  const Problem problem = {head, place, reinterpret_cast<const Slopes*>(slopes), {}};
   return launch(
       tilted ? choose_gradient_kernel<Makes::kTiltedGradient>(head) : choose_gradient_kernel<Makes::kGradient>(head),
       hidden, weight, problem, stream);

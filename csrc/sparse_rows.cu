@@ -56,7 +56,7 @@ struct Row {
         scale(1.0f / usual),
         by(factor * (slopes.flat * scale)),  // factor and slope alone can leave float32's range
         id(integer(head.ids, n)),
-        exponentials(reinterpret_cast<const uint4*>(all.values + n * all.stride)),
+        exponentials(reinterpret_cast<const uint4*>(all.first.values + n * all.first.stride)),
         seed(seed_of(number, slopes.at_target, up)),
         vectors((head.V + 7) / 8) {}
 
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 cudaError_t sparse_rows(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
                         const float* usual, float tolerance, const SparseRows& out, cudaStream_t stream) {
-  if (head.V > kSparseWords) return cudaErrorInvalidValue;
+  if (head.V > kSparseWords || exponentials.split < head.V) return cudaErrorInvalidValue;
   const auto launch = [&](auto* sample, auto* find) {
     const auto* by_row = reinterpret_cast<const Slopes*>(slopes);
     sample<<<out.sampled, kThreads, 0, stream>>>(head, exponentials, by_row, usual, tolerance, out);

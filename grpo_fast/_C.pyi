@@ -99,6 +99,7 @@ class Head:
         count: int,
         V: int,
         H: int,
+        counted: int,
         ids: _Tensor,
         has_softcap: bool,
         slope: float,
@@ -108,7 +109,7 @@ class Head:
     ) -> None: ...
 
 class Exponentials:
-    def __init__(self, *, values: int, stride: int, bases: int) -> None: ...
+    def __init__(self, *, first: tuple[int, int], rest: tuple[int, int], split: int, bases: int) -> None: ...
 
 class SparseLimits:
     def __init__(self, *, totals: int, room: tuple[int, int], most_dense: int) -> None: ...
@@ -147,30 +148,23 @@ def log_probs(
     totals: int,
 ) -> int: ...
 def linear_lanes(count: int, multiprocessors: int) -> int: ...
+def linear_lanes_at_most(multiprocessors: int) -> int: ...
+def linear_product(
+    *, device: int, stream: int, head: Head, exponentials: Exponentials, partials: tuple[int, int, int]
+) -> int: ...
 def linear_log_probs(
     *,
     device: int,
     stream: int,
     head: Head,
-    exponentials: Exponentials,
-    partials: int,
+    partials: tuple[int, int, int],
     logps: int,
     entropies: int,
     shifts: int,
     totals: int,
 ) -> int: ...
-def linear_exponentials(
-    *, device: int, stream: int, head: Head, exponentials: Exponentials, partials: int
-) -> int: ...
-def linear_loss_rows(
-    *,
-    device: int,
-    stream: int,
-    head: Head,
-    exponentials: Exponentials,
-    loss: Loss,
-    partials: int,
-    slopes: int,
+def linear_loss(
+    *, device: int, stream: int, head: Head, partials: tuple[int, int, int], loss: Loss, slopes: int
 ) -> int: ...
 def linear_slopes(
     *,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,35 +37,124 @@ def _is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in _C.architectures.split()
 
 
-def linear_logps_fwd(
+@dataclass(frozen=True)
+class Product:
+    """Rows of hidden states, and what their product with a head has left of each."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor
+    bias: Tensor | None  # float32, contiguous
+    index: Tensor
+    logits: dict[str, Any]  # temperature, logit_scale, softcap
+    memory: tuple[Tensor, ...]  # of exponentials, (N, words) each, the words in order; none, one or two
+    bases: Tensor | None
+    partials: Tensor | None  # (lanes at most, N, 4); None where the exponentials are from before
+    lanes: Tensor | None  # a scalar, how many there were
+    counted: Tensor | None  # a scalar
+
+    def __getitem__(self, rows: slice) -> Product:
+        """What it left of some rows, whose number is known."""
+        return replace(
+            self,
+            hidden=self.hidden[rows],
+            index=self.index[rows],
+            memory=tuple(part[rows] for part in self.memory),
+            bases=None if self.bases is None else self.bases[rows],
+            partials=None if self.partials is None else self.partials[:, rows],
+            counted=None,
+        )
+
+    @functools.cached_property
+    def head(self) -> _C.Head:
+        """As kernels take it."""
+        hidden, weight = self.hidden, self.weight
+        return _C.Head(
+            hidden=values(hidden),
+            hidden_stride=hidden.stride(0),
+            weight=values(weight),
+            weight_stride=weight.stride(0),
+            bias=address(self.bias),
+            count=hidden.size(0),
+            V=weight.size(0),
+            H=weight.size(1),
+            counted=address(self.counted),
+            ids=values(self.index),
+            multiprocessors=_multiprocessors(hidden.device.index),
+            **logit_options(**self.logits),
+        )
+
+    @functools.cached_property
+    def exponentials(self) -> _C.Exponentials:
+        """As kernels take them."""
+        first, rest, *_ = *((part.data_ptr(), part.stride(0)) for part in self.memory), (0, 0), (0, 0)
+        split = self.memory[0].size(1) if len(self.memory) > 1 else -(-self.weight.size(0) // 256) * 256
+        return _C.Exponentials(first=first, rest=rest, split=split, bases=address(self.bases))
+
+    def statistics(self) -> tuple[int, int, int]:
+        """As kernels take them."""
+        assert self.partials is not None
+        return self.partials.data_ptr(), self.partials.stride(0) // 4, address(self.lanes)
+
+
+def linear_product(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
+    *,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-    return_entropy: bool,
-    out: Tensor | None = None,
+    memory: tuple[Tensor, ...] = (),
     bases: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logps, entropies, shifts, totals), (N,) each, of ``hidden`` (N, H) and ``weight`` (V, H).
+    counted: Tensor | None = None,
+) -> Product:
+    """The product of ``hidden`` (N, H) with ``weight`` (V, H), whose logits leave statistics of their rows.
 
-    Where ``out`` (N, V) is given, what ``linear_exponentials`` would leave there is left, and in ``bases`` (N,).
+    Args:
+        memory: (N, words) each, one or two that have all words in order, a multiple of 256 in the first of two: for
+            exponentials, in bfloat16 and without a softcap; none for none.
+        bases: (N,) float32, those of exponentials that are in ``memory`` already: there is no product.
+        counted: int64, a scalar: only so many rows count, if that is less than N. The host need not know.
 
     Raises:
         RuntimeError: A kernel was not launched.
     """
-    bias = _as_vector(bias)
+    bias, logits = _as_vector(bias), dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    if bases is not None:
+        return Product(hidden, weight, bias, index, logits, memory, bases, None, None, None)
+    count = hidden.size(0)
+    multiprocessors = _multiprocessors(hidden.device.index)
+    most = _C.linear_lanes(count, multiprocessors) if counted is None else _C.linear_lanes_at_most(multiprocessors)
+    partials = hidden.new_empty(most, count, 4, dtype=torch.float32)
+    bases = hidden.new_empty(count, dtype=torch.float32) if memory else None
+    lanes = index.new_empty((), dtype=torch.int32)
+    product = Product(hidden, weight, bias, index, logits, memory, bases, partials, lanes, counted)
+    error = _C.linear_product(
+        device=hidden.device.index,
+        stream=stream(hidden),
+        head=product.head,
+        exponentials=product.exponentials,
+        partials=product.statistics(),
+    )
+    check(error, "the product with the head", hidden)
+    return product
+
+
+def linear_logps_fwd(product: Product, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logps, entropies, shifts, totals), (N,) each, from the statistics of a product; of rows that count.
+
+    Raises:
+        RuntimeError: The kernel was not launched.
+    """
+    hidden = product.hidden
     logps, shifts, totals = hidden.new_empty(3, hidden.size(0), dtype=torch.float32).unbind()
     entropies = torch.empty_like(logps) if return_entropy else logps.new_empty(0)
-    partials = _buffers(hidden)[-1]
     error = _C.linear_log_probs(
         device=hidden.device.index,
         stream=stream(hidden),
-        head=_head(hidden, weight, bias, index, temperature, logit_scale, softcap),
-        exponentials=_exponentials(out, bases),
-        partials=partials.data_ptr(),
+        head=product.head,
+        partials=product.statistics(),
         logps=logps.data_ptr(),
         entropies=entropies.data_ptr() if return_entropy else 0,
         shifts=shifts.data_ptr(),
@@ -94,15 +183,11 @@ class SparseRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Exponentials:
-    """What a product left of rows of logits, and the slopes that make their gradient of it."""
+    """What a product left of rows of logits, and the slopes that make their gradient of it, in its place."""
 
-    memory: Tensor  # (N, V), in whose place the gradient goes
-    hidden: Tensor
-    head: _C.Head
-    native: _C.Exponentials
-    slopes: Tensor
+    product: Product
+    slopes: Tensor  # (N, 4)
     tilted: bool  # whether entropies have a gradient
-    held: tuple[Tensor | None, ...]  # what else kernels read
 
     @functools.cached_property
     def usual(self) -> Tensor:
@@ -115,17 +200,18 @@ class Exponentials:
         Raises:
             RuntimeError: The kernel was not launched.
         """
+        hidden = self.product.hidden
         error = _C.linear_gradient(
-            device=self.hidden.device.index,
-            stream=stream(self.hidden),
-            head=self.head,
-            exponentials=self.native,
+            device=hidden.device.index,
+            stream=stream(hidden),
+            head=self.product.head,
+            exponentials=self.product.exponentials,
             slopes=self.slopes.data_ptr(),
             tilted=self.tilted,
             which=address(which),
-            count=self.hidden.size(0) if which is None else which.numel(),
+            count=hidden.size(0) if which is None else which.numel(),
         )
-        check(error, "the gradient of the logits", self.hidden)
+        check(error, "the gradient of the logits", hidden)
 
     def sparse(
         self,
@@ -157,15 +243,16 @@ class Exponentials:
         Raises:
             RuntimeError: The kernel was not launched.
         """
-        count = self.hidden.size(0)
+        hidden = self.product.hidden
+        count = hidden.size(0)
         starts, ends = keys.new_empty(2, count).unbind()
         totals, sample = keys.new_zeros(4 + _C.SPARSE_SAMPLE).split([4, _C.SPARSE_SAMPLE])
         limits = _C.SparseLimits(totals=totals.data_ptr(), room=room, most_dense=most_dense)
         error = _C.sparse_rows(
-            device=self.hidden.device.index,
-            stream=stream(self.hidden),
-            head=self.head,
-            exponentials=self.native,
+            device=hidden.device.index,
+            stream=stream(hidden),
+            head=self.product.head,
+            exponentials=self.product.exponentials,
             slopes=self.slopes.data_ptr(),
             tilted=self.tilted,
             usual=self.usual.data_ptr(),
@@ -180,121 +267,83 @@ class Exponentials:
             sample=sample.data_ptr(),
             sampled=min(count, SAMPLED_ROWS),
         )
-        check(error, "the sparse gradient of the logits", self.hidden)
+        check(error, "the sparse gradient of the logits", hidden)
         return SparseRows(starts, ends, totals, limits)
 
 
 def linear_logps_bwd(
-    out: Tensor,
+    out: tuple[Tensor, ...],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
     *saved: Any,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    **options: Any,
 ) -> None:
-    """The gradient of the logits in ``out`` (N, V) by those of ``linear_logps_fwd``, from the product itself.
+    """The gradient of the logits, in ``out``, by those of ``linear_logps_fwd``, from the product itself.
 
     Args:
-        saved: mask, the results of the forward (logps, entropies, shifts, totals) and their upstream gradients
-            (d_logps, d_entropies), (N,) or None.
+        out: The ``memory`` of ``linear_product``, whose further arguments are ``options``.
+        saved: As for ``linear_exponentials``.
 
     Raises:
         RuntimeError: A kernel was not launched.
     """
-    bias = _as_vector(bias)
-    head = _head(hidden, weight, bias, index, temperature, logit_scale, softcap)
-    slopes, tilted = _slopes(head, hidden, *saved)
+    place = Product(hidden, weight, _as_vector(bias), index, options, out, None, None, None, None)
+    slopes, tilted = _slopes(place, *saved)
     error = _C.linear_gradient_by_product(
         device=hidden.device.index,
         stream=stream(hidden),
-        head=head,
-        place=_exponentials(out, None),
+        head=place.head,
+        place=place.exponentials,
         slopes=slopes.data_ptr(),
         tilted=tilted,
     )
     check(error, "linear_selective_log_softmax", hidden)
 
 
-def linear_exponentials(
-    out: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    *saved: Any,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    bases: Tensor | None = None,
-) -> Exponentials:
-    """What ``linear_logps_bwd`` has from one product, to be made sparse or not; no softcap.
+def linear_exponentials(product: Product, *saved: Any) -> Exponentials:
+    """The exponentials of a product, to be made the gradient of its logits, sparse or not.
 
-    Given ``bases``, it is there already, and there is no product.
+    Args:
+        saved: mask, the results of ``linear_logps_fwd`` (logps, entropies, shifts, totals) and their upstream
+            gradients (d_logps, d_entropies), (N,) or None.
 
     Raises:
-        RuntimeError: A kernel was not launched.
+        RuntimeError: The kernel was not launched.
     """
-    bias = _as_vector(bias)
-    head = _head(hidden, weight, bias, index, temperature, logit_scale, softcap)
-    if bases is None:
-        bases, _, partials = _buffers(hidden)
-        error = _C.linear_exponentials(
-            device=hidden.device.index,
-            stream=stream(hidden),
-            head=head,
-            exponentials=_exponentials(out, bases),
-            partials=partials.data_ptr(),
-        )
-        check(error, "linear_selective_log_softmax", hidden)
-    slopes, tilted = _slopes(head, hidden, *saved)
-    return Exponentials(out, hidden, head, _exponentials(out, bases), slopes, tilted, (bias, bases, weight, index))
+    return Exponentials(product, *_slopes(product, *saved))
 
 
 def linear_loss_rows(
     rows: Sequence[Tensor],
-    out: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    completion_ids: Tensor,
+    product: Product,
     *inputs: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     entropy_coef: float,
     **options: Any,
 ) -> Exponentials | None:
-    """``cuda.grpo_loss_rows`` of one sequence from its hidden states (N, H), its further arguments as there.
+    """``cuda.grpo_loss_rows`` of one sequence from the statistics of a product, the arguments after the ids as there.
 
-    Where ``out`` (N, V) is given, what the gradient of the logits follows from is left there.
+    None if it has left no exponentials.
 
     Raises:
         RuntimeError: A kernel was not launched.
     """
-    bias = _as_vector(bias)
-    bases, slopes, partials = _buffers(hidden)
+    hidden = product.hidden
+    slopes = hidden.new_empty(hidden.size(0), 4, dtype=torch.float32)
     loss, _memory = make_loss(
-        rows, None, 1, hidden.size(0), completion_ids, *inputs, entropy_coef=entropy_coef, **options
+        rows, None, 1, hidden.size(0), product.index, *inputs, entropy_coef=entropy_coef, **options
     )
-    head = _head(hidden, weight, bias, completion_ids, temperature, logit_scale, softcap)
-    native = _exponentials(out, bases)
-    error = _C.linear_loss_rows(
+    error = _C.linear_loss(
         device=hidden.device.index,
         stream=stream(hidden),
-        head=head,
-        exponentials=native,
+        head=product.head,
+        partials=product.statistics(),
         loss=loss,
-        partials=partials.data_ptr(),
         slopes=slopes.data_ptr(),
     )
     check(error, "linear_grpo_loss", hidden)
-    if out is None:
-        return None
-    held = bias, bases, weight, completion_ids
-    return Exponentials(out, hidden, head, native, slopes, entropy_coef != 0.0, held)
+    return Exponentials(product, slopes, entropy_coef != 0.0) if product.memory else None
 
 
 def sum_of_rows(
@@ -340,8 +389,7 @@ def sum_of_rows(
 
 
 def _slopes(
-    head: _C.Head,
-    hidden: Tensor,
+    product: Product,
     mask: Tensor | None,
     logps: Tensor,
     entropies: Tensor | None,
@@ -351,11 +399,12 @@ def _slopes(
     d_entropies: Tensor | None,
 ) -> tuple[Tensor, bool]:
     """(slopes (N, 4) of the gradient of the logits, whether entropies have a part in it)."""
+    hidden = product.hidden
     slopes = hidden.new_empty(hidden.size(0), 4, dtype=torch.float32)
     error = _C.linear_slopes(
         device=hidden.device.index,
         stream=stream(hidden),
-        head=head,
+        head=product.head,
         kept=address(mask),
         logps=logps.data_ptr(),
         entropies=address(entropies),
@@ -377,39 +426,3 @@ def _as_vector(bias: Tensor | None) -> Tensor | None:
 @functools.cache
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _buffers(hidden: Tensor) -> tuple[Tensor, ...]:
-    """Of float32: a base and four slopes a row, and what each lane of the product finds of it."""
-    lanes = _C.linear_lanes(hidden.size(0), _multiprocessors(hidden.device.index))
-    return tuple(hidden.new_empty(hidden.size(0), k, dtype=torch.float32) for k in (1, 4, 4 * lanes))
-
-
-def _exponentials(out: Tensor | None, bases: Tensor | None) -> _C.Exponentials:
-    if out is None:
-        return _C.Exponentials(values=0, stride=0, bases=0)
-    return _C.Exponentials(values=out.data_ptr(), stride=out.stride(0), bases=address(bases))
-
-
-def _head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> _C.Head:
-    return _C.Head(
-        hidden=values(hidden),
-        hidden_stride=hidden.stride(0),
-        weight=values(weight),
-        weight_stride=weight.stride(0),
-        bias=address(bias),
-        count=hidden.size(0),
-        V=weight.size(0),
-        H=weight.size(1),
-        ids=values(index),
-        multiprocessors=_multiprocessors(hidden.device.index),
-        **logit_options(temperature, logit_scale, softcap),
-    )

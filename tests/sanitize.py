@@ -18,7 +18,7 @@ from grpo_fast import (
     linear_selective_log_softmax,
     selective_log_softmax,
 )
-from grpo_fast.ops import _chunks
+from grpo_fast.ops import _chunks, _products
 
 B = 2
 # A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice.
@@ -89,7 +89,7 @@ def no_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 def gradients(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: torch.Tensor) -> None:
     """The loss and its gradients, dense and sparse, with everything that the rows' kernels can be asked for."""
-    _chunks.product = _chunks.add_product = no_product
+    _chunks.product = _products.product = _products.add_product = no_product
     shared: dict[str, Any] = {"impl": "cuda", "advantages": torch.randn(2, device="cuda")}
     shared["cu_seqlens"] = torch.tensor([0, index.numel() // 2, index.numel()], device="cuda")
     hidden = hidden + 2.0 * weight[index]  # peaked

@@ -62,6 +62,7 @@ HEAD: dict[str, Any] = dict(
     count=4,
     V=10,
     H=16,
+    counted=0,
     ids=(64, INT64),
     has_softcap=False,
     slope=1.0,
@@ -130,10 +131,15 @@ def test_head(changes: dict[str, Any], message: str) -> None:
 
 
 def test_exponentials() -> None:
-    _C.Exponentials(values=64, stride=16, bases=64)
-    for changes in ({"values": 66}, {"stride": 12}):
+    whole: dict[str, Any] = {"first": (64, 16), "rest": (0, 0), "split": 256, "bases": 64}
+    _C.Exponentials(**whole)
+    halves = {**whole, "rest": (64, 24), "split": 512}
+    _C.Exponentials(**halves)
+    for changes in ({"first": (66, 16)}, {"first": (64, 12)}, {"rest": (66, 16)}, {"rest": (64, 12)}):
         with pytest.raises(ValueError, match=r"stride: got 1[26], want rows at multiples of 16 bytes"):
-            _C.Exponentials(**{"values": 64, "stride": 16, "bases": 64, **changes})
+            _C.Exponentials(**{**halves, **changes})
+    with pytest.raises(ValueError, match="split: got 520, want a multiple of 256 words"):
+        _C.Exponentials(**{**halves, "split": 520})
 
 
 def test_the_words_are_shared_out_evenly() -> None:
@@ -142,7 +148,7 @@ def test_the_words_are_shared_out_evenly() -> None:
         pairs, clusters = -(-count // 256), 66
         lanes = _C.linear_lanes(count, 2 * clusters)
         rounds = -(-pairs * lanes // clusters) / lanes
-        assert 1 <= lanes <= clusters
+        assert 1 <= lanes <= clusters == _C.linear_lanes_at_most(2 * clusters)
         assert rounds <= 1.02 * pairs / clusters, count
 
 

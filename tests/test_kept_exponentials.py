@@ -30,13 +30,26 @@ WEIGHT = rand(V, H, seed=2, scale=0.5).bfloat16()
 INDEX = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
 MASK = torch.arange(N, device=DEVICE) % 4 != 1
 OPTIONS: dict[str, Any] = {"temperature": 0.9, "logit_scale": 1.2}
+#: What all rows take: their exponentials, and hidden states with their gradients.
+ROOM = N * (2 * V + 8 * H)
+
+
+@dataclass
+class Product:
+    """Log-probs of all words, and where probabilities in bfloat16 are."""
+
+    log_p: Tensor | None
+    shift: Tensor | None
+    index: Tensor
+    memory: tuple[Tensor, ...]
+    bases: Tensor | None
 
 
 @dataclass
 class Left:
     """Probabilities in bfloat16, in ``memory``, and what flows back."""
 
-    memory: Tensor
+    memory: tuple[Tensor, ...]
     index: Tensor
     counts: Tensor | None
     entropy: Tensor | None
@@ -45,7 +58,7 @@ class Left:
 
     def gradient(self, which: Tensor | None = None) -> None:
         assert which is None
-        p = self.memory.float()
+        p = torch.cat(self.memory, 1).float()
         at = torch.nn.functional.one_hot(self.index, p.size(1))
         gradient = self.d_logps[:, None] * (at - p)
         if self.d_entropy is not None:
@@ -55,7 +68,9 @@ class Left:
         if self.counts is not None:
             zero = zero | ~self.counts
         gradient *= OPTIONS["logit_scale"] / OPTIONS["temperature"]
-        self.memory.copy_(gradient.masked_fill(zero[:, None], 0.0))
+        gradient = gradient.masked_fill(zero[:, None], 0.0)
+        for part, words in zip(self.memory, gradient.split([x.size(1) for x in self.memory], 1), strict=True):
+            part.copy_(words)
 
 
 @pytest.fixture
@@ -63,39 +78,47 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each product for logits has."""
     found: list[int] = []
 
-    def logps(
+    def product(
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         index: Tensor,
+        *,
         temperature: float,
         logit_scale: float,
         softcap: float | None,
-        return_entropy: bool,
-        out: Tensor | None = None,
+        memory: tuple[Tensor, ...] = (),
         bases: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        assert softcap is None or out is None
-        found.append(hidden.size(0))
+        counted: Tensor | None = None,
+    ) -> Product:
+        assert softcap is None or not memory
+        if bases is not None:
+            assert torch.equal(bases, index.to(bases.dtype))
+            return Product(None, None, index, memory, bases)
+        found.append(hidden.size(0) if counted is None else int(counted.clamp(0, hidden.size(0))))
         logits = hidden.float() @ weight.float().T
         if bias is not None:
             logits += bias.float()
         logits *= logit_scale / temperature
-        log_p = logits.log_softmax(-1)
-        if out is not None:
-            assert bases is not None
-            out.copy_(log_p.exp())
-            bases.copy_(index)
+        log_p, shift = logits.log_softmax(-1), logits.logsumexp(-1) / math.log(2.0)
+        if counted is not None:
+            log_p[found[-1] :] = math.nan
+        for part, words in zip(
+            memory, log_p.exp().split([x.size(1) for x in memory], 1) if memory else (), strict=True
+        ):
+            part.copy_(words)
+        return Product(log_p, shift, index, memory, index.to(torch.float32) if memory else None)
+
+    def logps(product: Product, return_entropy: bool) -> tuple[Tensor, ...]:
+        log_p, shift = product.log_p, product.shift
+        assert log_p is not None
+        assert shift is not None
         entropy = -(log_p.exp() * log_p).sum(-1) if return_entropy else log_p.new_empty(0)
-        shift = logits.logsumexp(-1) / math.log(2.0)
-        return log_p.gather(1, index[:, None]).squeeze(1), entropy, shift, torch.ones_like(shift)
+        chosen = log_p.gather(1, product.index[:, None]).squeeze(1)
+        return chosen, entropy, shift, torch.ones_like(shift)
 
     def exponentials(
-        out: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
+        product: Product,
         counts: Tensor | None,
         logp: Tensor,
         entropy: Tensor | None,
@@ -103,25 +126,27 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         total: Tensor,
         d_logps: Tensor,
         d_entropy: Tensor | None,
-        *,
-        bases: Tensor | None = None,
-        **options: Any,
     ) -> Left:
-        if bases is None:
-            logps(hidden, weight, bias, index, *options.values(), False, out, torch.empty_like(logp))
-        else:
-            assert torch.equal(bases, index.to(bases.dtype))
-        return Left(out, index, counts, entropy, d_logps, d_entropy)
+        return Left(product.memory, product.index, counts, entropy, d_logps, d_entropy)
 
-    def logps_backward(*args: Any, **options: Any) -> None:
-        exponentials(*args, **options).gradient()
+    def logps_backward(
+        memory: tuple[Tensor, ...],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        *saved: Any,
+        **options: Any,
+    ) -> None:
+        exponentials(product(hidden, weight, bias, index, memory=memory, **options), *saved).gradient()
 
     linear = LinearKernels(
         takes=lambda hidden, weight: hidden.stride(0) % 8 == weight.stride(0) % 8 == 0,
+        product=product,
         loss_rows=None,  # type: ignore[arg-type]
         logps=logps,
-        logps_backward=logps_backward,
         exponentials=exponentials,
+        logps_backward=logps_backward,
         sum_of_rows=None,  # type: ignore[arg-type]
     )
 
@@ -216,12 +241,12 @@ def test_rows_that_no_longer_begin_where_kernels_want_them(
     found = []
     for impl, dtype in (("triton", torch.bfloat16), ("torch", torch.float64)):
         leaves = [x.to(dtype)[:, :12].detach().requires_grad_() for x in (HIDDEN, WEIGHT)]
-        logps = linear_selective_log_softmax(*leaves, INDEX, impl=impl, workspace_bytes=1, **OPTIONS)
+        logps = linear_selective_log_softmax(*leaves, INDEX, impl=impl, workspace_bytes=ROOM, **OPTIONS)
         found.append(torch.autograd.grad(logps, leaves, upstream.to(logps.dtype)))
     for x, y in zip(*found, strict=True):
         assert (x.double() - y).norm() < 6e-3 * y.norm()
     assert products == [N]
-    assert rows == [0, 1]
+    assert rows == [0, 4]
 
 
 def test_compiled(products: list[int]) -> None:
@@ -249,8 +274,9 @@ def test_a_second_backward_projects_again(products: list[int]) -> None:
 def test_several_launches(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each leaves its rows' exponentials; the backward has one section, whatever it is asked for."""
     monkeypatch.setattr(_workspace, "LAUNCH_ROWS", 10)
+    monkeypatch.setattr(_linear_logps, "LAUNCH_ROWS", 10)
     upstream = rand(N, seed=4)
-    options: dict[str, Any] = {"mask": MASK, "workspace_bytes": 1}
+    options: dict[str, Any] = {"mask": MASK, "workspace_bytes": ROOM}
     check(upstream, **options)
     assert products == [10, 8]
     hidden, weight = (x.detach().clone().requires_grad_() for x in (HIDDEN, WEIGHT))
@@ -307,11 +333,10 @@ def test_tracing_without_dynamo(products: list[int]) -> None:
 
 def test_what_is_not_kept(products: list[int]) -> None:
     """What the workspace does not hold, or no backward will ask for."""
-    room = 2 * V * H  # of the rounded gradient and of the sum besides: of 2 H rows in all
-    assert 2 * room == 2 * H * 2 * V
     upstream = rand(N, seed=4)
-    check(upstream, workspace_bytes=1)
-    assert products == [N]  # 2 H rows are more than N
+    check(upstream, workspace_bytes=ROOM)
+    check(upstream, workspace_bytes=ROOM - 1)
+    assert products == [N, N, H, N - H]  # as many at a time as the rounded gradient takes
     products.clear()
     check(upstream, workspace_bytes=1, weight_too=False, return_entropy=True)
     assert products == [N, *[1] * N]
@@ -328,9 +353,9 @@ def test_what_is_not_kept(products: list[int]) -> None:
         (0, {"needs": [False] * 3}),
         (0, {"softcap": 9.0}),
         (0, {"dtype": torch.float16}),
-        (N, {"workspace_bytes": 2 * V * N, "needs": [True, False, False]}),
-        (0, {"workspace_bytes": 2 * V * N - 1, "needs": [True, False, False]}),
-        (0, {"workspace_bytes": 2 * V * N, "needs": [True, False, False], "sparse_grad_tol": 0.01}),
+        (N, {"workspace_bytes": ROOM, "needs": [True, False, False]}),
+        (0, {"workspace_bytes": ROOM - 1, "needs": [True, False, False]}),
+        (0, {"workspace_bytes": ROOM, "needs": [True, False, False], "sparse_grad_tol": 0.01}),
     ],
 )
 def test_how_much_is_kept(kept: int, changes: dict[str, Any], products: list[int]) -> None:
@@ -340,11 +365,39 @@ def test_how_much_is_kept(kept: int, changes: dict[str, Any], products: list[int
     dtype = options.pop("dtype", torch.bfloat16)
     hidden, weight = HIDDEN[None].to(dtype), WEIGHT.to(dtype)
     arguments = hidden, weight, None, INDEX, None, 1.0, 1.0
-    *_, left, bases = _linear_logps._linear_logps(*arguments, **options)
+    *_, left, _, bases = _linear_logps._linear_logps(*arguments, **options)
     assert (left.size(0), bases.size(0)) == (kept, kept)
     torch.library.opcheck(
         _linear_logps._linear_logps, arguments, options, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("zeros", [0, 3, 16])
+def test_kept_in_two_places(zeros: int, bias: bool, products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the workspace, and where the gradient of the weight will be."""
+    monkeypatch.setattr(_workspace, "TILE_WORDS", 8)
+    options: dict[str, Any] = {"workspace_bytes": ROOM - 700, **OPTIONS}
+    upstream, found = rand(N, seed=4), []
+    upstream[:zeros] = 0.0
+    for impl, dtype in (("triton", torch.bfloat16), ("torch", torch.float64)):
+        leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in (HIDDEN, WEIGHT, rand(V, seed=5))]
+        sizes: list[torch.Size] = []
+
+        def pack(x: Tensor, sizes: list[torch.Size] = sizes) -> Tensor:
+            sizes.append(x.shape)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            of_bias = leaves[2] if bias else None
+            logps = linear_selective_log_softmax(*leaves[:2], INDEX, bias=of_bias, impl=impl, **options)
+        if impl == "triton":
+            assert sizes.count(torch.Size([N, 32])) == 1
+            assert sizes.count(torch.Size([V * H])) == 1
+        found.append(torch.autograd.grad(logps, leaves[: 2 + bias], upstream.to(logps.dtype)))
+    for x, y in zip(*found, strict=True):
+        assert (x.double() - y).norm() < 6e-3 * y.norm()
+    assert products == ([N, N - zeros] if zeros == 16 else [N])
 
 
 @pytest.mark.parametrize("zeros", [0, 16])

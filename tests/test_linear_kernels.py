@@ -32,17 +32,23 @@ SHAPES = (  # rows, words, depth: an end within a tile in every one, then cluste
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each launch: that nothing else was taken instead."""
+    """The rows of each product: that nothing else was taken instead."""
     from grpo_fast import cuda_linear
 
     rows: list[int] = []
-    head = cuda_linear._head
+    product, gradient = cuda_linear.linear_product, cuda_linear.linear_logps_bwd
 
-    def counted(hidden: Tensor, *arguments: Any) -> Any:
+    def counted(hidden: Tensor, *arguments: Any, bases: Tensor | None = None, **options: Any) -> Any:
+        if bases is None:
+            rows.append(hidden.size(0))
+        return product(hidden, *arguments, bases=bases, **options)
+
+    def counted_gradient(out: tuple[Tensor, ...], hidden: Tensor, *arguments: Any, **options: Any) -> None:
         rows.append(hidden.size(0))
-        return head(hidden, *arguments)
+        gradient(out, hidden, *arguments, **options)
 
-    monkeypatch.setattr(cuda_linear, "_head", counted)
+    monkeypatch.setattr(cuda_linear, "linear_product", counted)
+    monkeypatch.setattr(cuda_linear, "linear_logps_bwd", counted_gradient)
     return rows
 
 
@@ -116,7 +122,35 @@ def test_ids_that_are_no_words_and_rows_that_do_not_count(launches: list[int]) -
     everything = linear_selective_log_softmax(hidden, weight, index, mask=mask, allow_sync=False, impl="cuda")
     assert isinstance(everything, Tensor)
     torch.testing.assert_close(everything, logps, equal_nan=True, rtol=1e-5, atol=1e-5)
-    assert launches == [int(mask.sum()), 300]
+    assert launches == [300, 300]  # in the first the GPU alone knows how many count
+
+
+@pytest.mark.parametrize("counted", [0, 1, 255, 300, 700])
+def test_rows_that_only_the_gpu_counts(counted: int) -> None:
+    """Of the others nothing is written."""
+    from grpo_fast import cuda_linear
+
+    hidden, weight, index = inputs(700, 5_001, 200)
+    options: dict[str, Any] = {"temperature": 0.8, "logit_scale": 1.3, "softcap": None}
+    first, rest = (torch.full((700, n), -7.0, device="cuda", dtype=torch.bfloat16) for n in (4_608, 400))
+    memory = first, rest[:, :393]
+    number = torch.tensor(counted, device="cuda")
+    found = cuda_linear.linear_product(hidden, weight, None, index, memory=memory, counted=number, **options)
+    assert found.bases is not None
+    results = torch.stack(cuda_linear.linear_logps_fwd(found, True))
+    for written in (first, rest, found.bases[:, None], results.t()):
+        assert (written[counted:] == written[-1, 0]).all() or written[counted:].isnan().all()
+    if counted == 0:
+        return
+    some = hidden[:counted], weight, None, index[:counted]
+    place = torch.empty(counted, 5_008, device="cuda", dtype=torch.bfloat16)
+    alone = cuda_linear.linear_product(*some, memory=(place[:, :5_001],), **options)
+    for x, y in ((place[:, :4_608], first), (place[:, 4_608:5_001], rest[:, :393])):
+        assert torch.equal(x.view(torch.int16), y[:counted].view(torch.int16))
+    assert torch.equal(alone.bases, found.bases[:counted])
+    assert torch.equal(torch.stack(cuda_linear.linear_logps_fwd(alone, True)), results[:, :counted])
+    narrowed = torch.stack(cuda_linear.linear_logps_fwd(found[: (counted + 1) // 2], True))
+    assert torch.equal(narrowed, results[:, : (counted + 1) // 2])
 
 
 def test_strided_states_and_rows_of_another_stride() -> None:
@@ -165,10 +199,13 @@ def test_the_same_every_time_and_in_a_graph() -> None:
 # Gradients -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("split", [None, 512])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", ["exponentials", None, 9.0])
-def test_every_element_of_the_gradient(softcap: float | str | None, bias: bool, entropy: bool) -> None:
+def test_every_element_of_the_gradient(
+    softcap: float | str | None, bias: bool, entropy: bool, split: int | None
+) -> None:
     """Off by a rounding to bfloat16, and half of one where exponentials were kept, however small it is."""
     from grpo_fast import cuda_linear
 
@@ -184,15 +221,19 @@ def test_every_element_of_the_gradient(softcap: float | str | None, bias: bool, 
     by_product = softcap != "exponentials"
     cap = softcap if by_product else None
     options: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": cap}
-    found = cuda_linear.linear_logps_fwd(hidden, weight, offset, index, **options, return_entropy=True)
-    logps, entropies, shifts, totals = found
-    out = torch.full((count, 1_008), math.nan, device="cuda", dtype=torch.bfloat16)[:, :vocabulary]
-    upstream = d_logps, d_entropies if entropy else None
-    arguments = out, hidden, weight, offset, index, mask, logps, entropies, shifts, totals, *upstream
+    model = hidden, weight, offset, index
+    found = cuda_linear.linear_logps_fwd(cuda_linear.linear_product(*model, **options), return_entropy=True)
+    widths = [vocabulary] if split is None else [split, vocabulary - split]
+    memory = tuple(
+        torch.full((count, -(-n // 8) * 8), math.nan, device="cuda", dtype=torch.bfloat16)[:, :n] for n in widths
+    )
+    saved = mask, *found, d_logps, d_entropies if entropy else None
     if by_product:
-        cuda_linear.linear_logps_bwd(*arguments, **options)
+        cuda_linear.linear_logps_bwd(memory, *model, *saved, **options)
     else:
-        cuda_linear.linear_exponentials(*arguments, **options).gradient()
+        product = cuda_linear.linear_product(*model, memory=memory, **options)
+        cuda_linear.linear_exponentials(product, *saved).gradient()
+    out = torch.cat(memory, 1)
 
     logits = hidden.double() @ weight.double().t() + (0.0 if offset is None else offset.double())
     logits.requires_grad_()
@@ -262,27 +303,28 @@ def check_loss(
         assert error < within, f"{error:.1e}"
 
 
-@pytest.mark.parametrize("workspace", [None, 2 * 5_008 * 130], ids=["one section", "several"])
+#: What holds all of 700 rows of 5,001 words; all of them if part of it is where the weight's gradient will be; some.
+WORKSPACES = pytest.mark.parametrize(
+    "workspace", [None, 6_500_000, 2 * 5_008 * 130], ids=["one", "two places", "few"]
+)
+
+
+@WORKSPACES
 @pytest.mark.parametrize("config", [{}, {"entropy_coef": 0.1}, {"loss_type": "cispo", "epsilon_high": 2.0}], ids=str)
 def test_loss(config: dict[str, Any], workspace: int | None, launches: list[int]) -> None:
     hidden, weight, index = inputs(700, 5_001, 200)
     options: dict[str, Any] = {"config": GRPOLossConfig(**config), "workspace_bytes": workspace}
     check_loss(hidden, weight, index, bias=rand(5_001, seed=8).bfloat16(), **options)
     # The rounded gradient of the weight takes the room of 199 rows, whatever the workspace.
-    assert launches == ([700] if workspace is None else [199] * 3 + [103])
+    assert launches == ([199] * 3 + [103] if workspace == 2 * 5_008 * 130 else [700])
 
 
-@pytest.mark.parametrize("workspace", [None, 2 * 5_008 * 130], ids=["one section", "several"])
+@WORKSPACES
 @pytest.mark.parametrize(("softcap", "zeros"), [(None, 50), (None, 300), (9.0, 50)])
-def test_log_probs(
-    softcap: float | None, zeros: int, workspace: int | None, launches: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_probs(softcap: float | None, zeros: int, workspace: int | None, launches: list[int]) -> None:
     """Forward and backward; rows without a gradient are left out of the latter, unless its exponentials are kept."""
-    from grpo_fast import _C
-
-    keeps = workspace is None and softcap is None and zeros == 50
-    if keeps:
-        monkeypatch.delattr(_C, "linear_exponentials")  # a second product
+    few = workspace == 2 * 5_008 * 130
+    keeps = not few and softcap is None and zeros == 50
     hidden, weight, index = inputs(700, 5_001, 200)
     upstream = rand(2, 700, seed=9)
     upstream[:, :zeros] = 0.0
@@ -294,8 +336,10 @@ def test_log_probs(
         value = sum((u.to(x.dtype) * x).sum() for u, x in zip(upstream, found, strict=True))
         gradients.append(torch.autograd.grad(value, leaves))
         if not exact:
-            rest = 700 if keeps else 700 - zeros
-            assert launches == [700, *([rest] if workspace is None else [199] * (rest // 199) + [rest % 199])]
+            rest = 700 - zeros
+            # 400 rows fit, as some of their gradients lie where that of the weight will.
+            again = [199] * (rest // 199) + [rest % 199] if few and rest > 400 else [rest]
+            assert launches == [700, *([] if keeps else again)]
             with torch.no_grad():
                 again = linear_selective_log_softmax(*leaves, index, softcap=softcap, return_entropy=True, **extra)
             assert all(map(torch.equal, found, again))
@@ -318,7 +362,7 @@ def test_rows_without_a_gradient(launches: list[int]) -> None:
     x, w = hidden[None].clone().requires_grad_(), weight.clone().requires_grad_()
     out = linear_grpo_loss(x, w, index[None], advantages=advantages, impl="cuda")
     out.loss.backward()
-    assert launches == [200, 100]
+    assert launches == [300, 100]  # of the first 200 count, as only the GPU knows
     assert x.grad is not None
     assert (x.grad[0, ::3] == 0).all()
     truth = linear_grpo_loss(
@@ -338,4 +382,4 @@ def test_cross_entropy(launches: list[int]) -> None:
     gradients = zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, exact), strict=True)
     for x, y in gradients:
         assert (x.double() - y).norm() < 2.4e-3 * y.norm()
-    assert launches == [257]
+    assert launches == [300]

@@ -39,12 +39,10 @@ def left_by(
     from grpo_fast import cuda_linear
 
     options: dict[str, Any] = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None}
-    logps, entropies, shifts, totals = cuda_linear.linear_logps_fwd(
-        hidden, weight, None, index, **options, return_entropy=d_entropies is not None
-    )
-    out = torch.empty(index.numel(), -(-V // 8) * 8, device="cuda", dtype=torch.bfloat16)[:, :V]
-    saved = None, logps, entropies, shifts, totals, d_logps, d_entropies
-    left = cuda_linear.linear_exponentials(out, hidden, weight, None, index, *saved, **options)
+    memory = hidden.new_empty(index.numel(), -(-V // 8) * 8)[:, :V]
+    product = cuda_linear.linear_product(hidden, weight, None, index, memory=(memory,), **options)
+    found = cuda_linear.linear_logps_fwd(product, return_entropy=d_entropies is not None)
+    left = cuda_linear.linear_exponentials(product, None, *found, d_logps, d_entropies)
     log_p = (hidden.double() @ weight.double().t()).log_softmax(-1)
     slopes = -d_logps[:, None].double()
     if d_entropies is not None:
@@ -64,7 +62,7 @@ class Sparse(NamedTuple):
 def sparse_rows(
     left: Any, tolerance: float, most: tuple[int, int] = (40, V), first_row: int = 1_000, **limits: Any
 ) -> Sparse:
-    n, guard = left.hidden.size(0), 64
+    n, guard = left.slopes.size(0), 64
     limits = {"room": (n * V, n * V), "most_dense": n, **limits}
     room = sum(limits["room"])
     inside = slice(guard, guard + room)  # short rows without room would be written before it, long ones after

@@ -184,7 +184,7 @@ def test_products(
     rows = Rows(count, live, count, index)
     states = HiddenRows(hidden, rows, torch.bfloat16)
     buffer = torch.ones(V, H) if into_a_buffer and needs[1] else None
-    monkeypatch.setattr(_workspace, "ELEMENT_BYTES", 0)  # elements of so few words are more than a row
+    monkeypatch.setattr(_workspace, "BYTES_IN_ELEMENTS", 0)  # elements of so few words are more than a row
     head = ChunkedHead(
         states,
         weight,
@@ -192,14 +192,15 @@ def test_products(
         Needs(*needs),
         16 * 3 * V,
         buffer,
-        keeps_logits=False,
+        logits_a_row=0,
         sparse=True,
     )
     sparse = SparseGradient(head, sum_of_rows, 1e-3)
     order, searches, is_dense = torch.Generator().manual_seed(3), [], torch.zeros(live, dtype=torch.bool)
     for part, has_gradient in head.chunks():
         if has_gradient:
-            memory = head.gradient(part).fill_(math.nan)
+            (memory,) = head.gradient(part)
+            memory.fill_(math.nan)
             sparse.backpropagate(part, StandIn(truth[part], memory, order, searches, is_dense[part]))
     assert searches == SEARCHES.get(kind, [0, 16, 32, 48] if live > 24 else [0][:live])
     assert needs[1] or needs[2] or not sparse._taken, "what needs no gradient costs nothing"

@@ -347,10 +347,10 @@ def registered_case(world: World, precision: Precision) -> None:
     needs = [True, True, False]
     inputs = (hidden, weight, None, *flat, *options, 0.0, True, needs, *chunks)
     opcheck(_linear_logps, inputs)
-    *found, kept_exponentials, _ = _linear_logps(*inputs)
-    assert kept_exponentials.numel() == 0
+    *found, kept, borrowed, bases = _linear_logps(*inputs)
+    assert kept.numel() == borrowed.numel() == bases.numel() == 0
     upstream = world.rand(2, N, seed=15).float().unbind()
-    saved = (None, None, hidden, weight, None, *flat, *found, *upstream)
+    saved = (None, None, None, hidden, weight, None, *flat, *found, *upstream)
     opcheck(_linear_logps_backward, (*saved, needs, *options, 0.0, *chunks))
     logits = world.rand(B, T, size, seed=11).float()
     opcheck(_selective_log_softmax, (logits, index, None, *options, True, False, precision[0], group))

@@ -13,15 +13,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo_fast.ops import _chunks
+from grpo_fast.ops import _chunks, _products
 from grpo_fast.ops._chunks import ChunkedHead, Needs
 from grpo_fast.ops._rows import HiddenRows, Rows
+from grpo_fast.ops._section import Section
 from grpo_fast.ops._sparse import SparseGradient
 from grpo_fast.ops._workspace import (
     LAUNCH_ROWS,
     LOGITS_SHARE,
     PASSING_ROWS,
     TILE_ROWS,
+    TILE_WORDS,
     RowsAtATime,
     Sum,
     rows_at_a_time,
@@ -33,25 +35,59 @@ V, N = 151_936, 8_192
 ELEMENT_BYTES = 50
 
 
-def plan(workspace_mib: int, hidden: int, live: int = N, sparse: bool = False) -> RowsAtATime:
+def plan(workspace_mib: int, hidden: int, live: int = N, sparse: bool = False, own_sum: bool = True) -> RowsAtATime:
     """Of a head in bfloat16 whose logits are not kept."""
     weight = torch.empty(V, hidden, dtype=torch.bfloat16, device="meta")
-    return rows_at_a_time(
-        workspace_mib * MIB,
-        live,
-        logits_bytes=0,
-        gradient_bytes=2 * V,
-        weight_sum=Sum.of(weight),
-        sparse=sparse,
+    return _chunks.plan(
+        workspace_mib * MIB, live, weight, torch.bfloat16, logits_a_row=0, own_sum=own_sum, sparse=sparse
     )
 
 
-def test_sections_use_what_the_sum_and_its_rounding_leave() -> None:
+def test_sections_use_what_the_sum_leaves() -> None:
+    a_row = 2 * V + 8 * 2_048
     assert plan(512, 2_048).section == 2_048  # as many rows as the rounded gradient takes, 2 V H bytes
-    assert plan(1_024, 2_048).section == 1_024 * MIB // (2 * V)
-    assert plan(2_048, 2_048).section == N  # all of them, in the room of the sum that one product does not need
-    assert plan(2_048, 2_048, live=4 * N).section == 2_048 * MIB // (2 * V)
-    assert plan(512, 4_096).section == N
+    assert plan(1_024, 2_048).section == 2_048
+    assert plan(2_048, 2_048, live=4 * N).section == (2_048 * MIB - 2 * V * 2_048) // a_row
+    assert plan(2_048, 2_048, own_sum=False).section == 2_048 * MIB // a_row
+    for workspace, hidden in ((2_048, 2_048), (512, 4_096), (2_048, 4_096), (4_096, 2_048)):
+        assert plan(workspace, hidden).section == N
+
+
+@pytest.mark.parametrize(
+    ("words", "hidden", "rows"),
+    [
+        (V, 896, range(6_000, 9_000, 150)),
+        (V, 2_048, range(6_000, 9_000, 150)),
+        (V, 4_096, range(6_000, 12_000, 150)),
+        (32_000, 8_192, range(6_000, 20_000, 95)),
+        (32_000, 16_384, range(21_000, 26_000, 95)),
+        (50_257, 1_600, range(15_000, 30_000, 250)),
+    ],
+)
+def test_what_is_borrowed_fits(words: int, hidden: int, rows: range) -> None:
+    """In what the gradient of the weight will take; and what is left, in the workspace."""
+    weight = torch.empty(words, hidden, dtype=torch.bfloat16, device="meta")
+    some = 0
+    for live, workspace in itertools.product(rows, (512 * MIB, 1_024 * MIB, 2_048 * MIB)):
+        _, section, _, borrowed = _chunks.plan(
+            workspace, live, weight, torch.bfloat16, logits_a_row=0, own_sum=True, sparse=False
+        )
+        if borrowed == 0:
+            continue
+        some += 1
+        budget = max(workspace, 4 * words * hidden + hidden * 8 * hidden)
+        assert section == live
+        assert 0 < words - borrowed == (words - borrowed) // TILE_WORDS * TILE_WORDS
+        assert 2 * live * -(-borrowed // 8) * 8 <= 2 * words * hidden
+        assert 2 * live * (words - borrowed) + 8 * live * hidden <= budget
+        assert 2 * live * (words - borrowed) + 2 * borrowed * hidden + 2 * live * hidden <= budget
+    assert some > 0
+
+
+def test_nothing_is_borrowed_without_need() -> None:
+    assert plan(2_048, 2_048).borrowed > 0
+    assert plan(2_048, 2_048, own_sum=False).borrowed == 0
+    assert plan(2_048, 2_048, live=6_000).borrowed == 0
 
 
 def test_sums_by_precision() -> None:
@@ -59,28 +95,31 @@ def test_sums_by_precision() -> None:
     found = [
         Sum.of(torch.empty(40, 16, dtype=x, device="meta")) for x in (torch.bfloat16, torch.float16, torch.float32)
     ]
-    assert found == [(2 * 640, 2 * 640), (0, 0), (0, 0)]
+    assert found == [(2 * 640, 2 * 640, 40), (0, 0, 1), (0, 0, 1)]
 
 
 @pytest.mark.parametrize("models", [1, 2])
 def test_chunks_and_sections_fit(models: int) -> None:
     """Unless they are of one row, whatever the sizes."""
-    logits, gradient = models * 4 * 97, 2 * 97
+    logits, gradient, states = models * 4 * 97, 2 * 97, 40
     workspaces = [*range(1, 800 * logits, 7 * 97), 10**6, 10**8]
-    sums = [Sum(), Sum(2_000, 0), Sum(10**5, 10**5)]
+    sums = [Sum(), Sum(97 * 10, 97 * 10, 97), Sum(97 * 1_000, 97 * 1_000, 97)]
     for workspace, weight_sum, live, kept in itertools.product(workspaces, sums, [0, 1, 7, 5_000], [logits, 0]):
         rows: dict[str, Any] = dict(logits_bytes=kept, gradient_bytes=gradient, weight_sum=weight_sum, models=models)
-        chunk, section, _ = rows_at_a_time(workspace, live, **rows)
-        spared = weight_sum.spared if section >= live else 0
-        taken = min(section, live) * gradient + min(chunk, live) * kept
-        assert taken <= max(workspace, weight_sum.rounded) + spared or min(section, live) == 1
+        chunk, section, _, borrowed = rows_at_a_time(workspace, live, states_bytes=states, **rows)
+        assert borrowed == 0
+        taken = min(section, live) * (gradient + states) + min(chunk, live) * kept
+        taken += weight_sum.beyond * (section < live)
+        least = weight_sum.rounded + weight_sum.beyond + weight_sum.rounded // gradient * states
+        assert taken <= max(workspace, least) or min(section, live) == 1
         if kept == 0:
             assert chunk == max(section, LAUNCH_ROWS)
 
 
 def test_chunks_are_not_short_because_a_tile_is_not_full() -> None:
     rows = [
-        rows_at_a_time(4 * n, 10**4, logits_bytes=1, gradient_bytes=1, weight_sum=Sum()).chunk for n in range(800)
+        rows_at_a_time(4 * n, 10**4, logits_bytes=1, gradient_bytes=1, states_bytes=0, weight_sum=Sum()).chunk
+        for n in range(800)
     ]
     assert rows == sorted(rows)
     assert all(2 * chunk >= n for n, chunk in enumerate(rows))
@@ -88,19 +127,24 @@ def test_chunks_are_not_short_because_a_tile_is_not_full() -> None:
 
 def test_rows_without_a_gradient_pass_in_short_chunks() -> None:
     for live, chunk in ((0, PASSING_ROWS), (1, 2_048 * MIB // (4 * V) // LOGITS_SHARE)):
-        rows: dict[str, Any] = dict(logits_bytes=4 * V, gradient_bytes=2 * V, weight_sum=Sum())
+        rows: dict[str, Any] = dict(logits_bytes=4 * V, gradient_bytes=2 * V, states_bytes=0, weight_sum=Sum())
         assert abs(rows_at_a_time(2_048 * MIB, live, **rows).chunk - chunk) <= 3 * TILE_ROWS * (live > 0)
 
 
 def test_sparse_rows_leave_room_for_dense_ones() -> None:
-    assert plan(2_048, 2_048, sparse=True) == (N, N, 2_867)  # what the rounded gradient takes, too, which comes last
-    assert plan(512, 4_096, sparse=True) == (N, N, 3_992)
-    assert plan(512, 4_096, live=N // 2, sparse=True) == (N, N // 2, N // 4)
+    for workspace, hidden, live in ((2_048, 2_048, N), (512, 4_096, N), (512, 4_096, N // 2)):
+        found = plan(workspace, hidden, live=live, sparse=True)
+        assert found.section == live
+        assert found.aside >= live // 8
+        budget = max(workspace * MIB, 2 * V * hidden) + 2 * V * hidden
+        own = 2 * live * V + live * 12 * 320
+        assert own + 2 * V * found.aside <= budget + 2 * V * hidden  # before the gradient of the weight is there
+        assert 2 * V * hidden + 2 * V * found.aside + 12 * 320 * live <= budget
     section = plan(2_048, 2_048, live=4 * N, sparse=True).section
     assert section * 3 * V < 2_048 * MIB
     assert plan(512, 4_096, live=4 * N, sparse=True).section == 2 * V * 4_096 // (3 * V + 12 * 320)
     assert plan(2_048, 896, live=7_950, sparse=True).section < 7_950  # next to no room for dense ones
-    assert plan(2_048, 896, live=7_950).section == 7_950
+    assert plan(2_048, 896, live=7_000).section == 7_000
 
 
 class Memory(TorchDispatchMode):
@@ -141,7 +185,7 @@ class StandIn:
 
 #: By name: dtypes of hidden and weight, and what else there is.
 PATHS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
-    "no logits": (torch.bfloat16, torch.bfloat16, {"keeps_logits": False}),
+    "no logits": (torch.bfloat16, torch.bfloat16, {"logits_a_row": 0}),
     "logits": (torch.bfloat16, torch.bfloat16, {}),
     "two models": (torch.bfloat16, torch.bfloat16, {"logits_a_row": 2}),
     "float16": (torch.float16, torch.float16, {"scale": torch.empty((), device="meta")}),
@@ -149,12 +193,12 @@ PATHS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
     "float32 states": (torch.float32, torch.bfloat16, {}),
     "float32 weight": (torch.bfloat16, torch.float32, {}),
     "frozen": (torch.bfloat16, torch.bfloat16, {"needs": Needs(True, False, False), "hidden_in_float32": True}),
-    "into a buffer": (torch.bfloat16, torch.bfloat16, {"keeps_logits": False, "weight_grad_out": True}),
-    "sparse": (torch.bfloat16, torch.bfloat16, {"keeps_logits": False, "sparse": True}),
+    "into a buffer": (torch.bfloat16, torch.bfloat16, {"logits_a_row": 0, "weight_grad_out": True}),
+    "sparse": (torch.bfloat16, torch.bfloat16, {"logits_a_row": 0, "sparse": True}),
     "sparse into a buffer": (
         torch.bfloat16,
         torch.bfloat16,
-        {"keeps_logits": False, "sparse": True, "weight_grad_out": True},
+        {"logits_a_row": 0, "sparse": True, "weight_grad_out": True},
     ),
     "sparse, but for want of a kernel": (torch.bfloat16, torch.bfloat16, {"sparse": True}),
 }
@@ -163,9 +207,9 @@ PATHS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("words", "size"), [(V, 2_048), (32_000, 4_096), (1_000, 64)])
 def test_peak(path: str, words: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all that a head makes, beyond the hidden states' gradient and a section's states and their gradients."""
-    monkeypatch.setattr(_chunks, "product", lambda *_: None)
-    monkeypatch.setattr(_chunks, "add_product", lambda *_: None)
+    """Of all that a head makes, beyond the gradients that it hands out and some numbers a row."""
+    for module, name in ((_chunks, "product"), (_products, "product"), (_products, "add_product")):
+        monkeypatch.setattr(module, name, lambda *_: None)
     hidden_dtype, dtype, options = PATHS[path]
     of_sums = torch.promote_types(hidden_dtype, dtype)
     dense_shares = [0.0, 0.1, 0.3, 0.45, 1.0] if options.get("sparse") else [0.0]
@@ -181,7 +225,7 @@ def test_peak(path: str, words: int, size: int, monkeypatch: pytest.MonkeyPatch)
             head = ChunkedHead(HiddenRows(hidden, rows, of_sums), weight, None, **made)
             teacher = head.beside(weight, None) if path == "two models" else None
             sparse = None
-            if options.get("sparse") and not options.get("keeps_logits", True):
+            if options.get("sparse") and not options.get("logits_a_row", 1):
                 sparse = SparseGradient(head, lambda *_, **__: None, 1e-3)
             for part, has_gradient in head.chunks():
                 if has_gradient and sparse is not None:
@@ -194,17 +238,19 @@ def test_peak(path: str, words: int, size: int, monkeypatch: pytest.MonkeyPatch)
             del teacher
             d_hidden, d_weight, _ = head.finish()
         assert d_weight.numel() == (words * size if own_sum else 0)
-        most = workspace
-        if own_sum:
-            most = 4 * words * size + max(workspace, 2 * words * size if dtype == torch.bfloat16 else 0)
+        most = workspace + 64 * N
+        if own_sum and dtype == torch.bfloat16:  # the workspace, or the sum, and hidden states of H rows
+            most = max(workspace, 4 * words * size + 8 * size * size) + 64 * N
         if of_sums != dtype:
             most += weight.numel() * of_sums.itemsize  # a copy, in the precision of the products
-        section = max(head.longest_section, min(N - live, head._chunk_rows))
-        most += section * size * (2 * of_sums.itemsize + 4) + 64 * N
+        if min(head._chunk_rows, head.longest_section) <= 1 or live == 0 or sparse is not None:
+            section = max(head.longest_section, min(N - live, head._chunk_rows))
+            most += section * size * (2 * of_sums.itemsize + 4)
         if sparse is not None:
+            most += 2 * words * size * own_sum
             most += live * size * of_sums.itemsize  # all states, where the elements' sums read them
             most += 100 * live * ELEMENT_BYTES + 12 * 320 * head.longest_section + 8 * (words + 1)
-        assert memory.peak - d_hidden.nbytes <= most, (workspace, live, dense)
+        assert memory.peak - d_hidden.nbytes - d_weight.nbytes <= most, (workspace, live, dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -214,7 +260,7 @@ def test_given_back_whoever_holds_it(dtype: torch.dtype) -> None:
     head = ChunkedHead(states, weight, None, Needs(True, True, False), workspace_bytes=200)
     held = []
     for part, _ in head.chunks():
-        held += [head.logits(part), head.gradient(part).zero_()]
+        held += [head.logits(part), head.gradient(part)[0].zero_()]
         head.backpropagate(part)
     assert all(x.untyped_storage().nbytes() > 0 for x in held)
     head.finish()
@@ -224,9 +270,9 @@ def test_given_back_whoever_holds_it(dtype: torch.dtype) -> None:
 def test_memory_that_is_there_already_is_one_section() -> None:
     """Whatever the workspace, and whichever gradients are asked for."""
     hidden, weight = torch.ones(1, 6, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16)
-    kept = weight.new_ones(6, 5)
+    section = Section.of(weight.new_ones(6, 5), weight.new_empty(0), 5)
     states = HiddenRows(hidden, Rows(6, 6, 6), torch.bfloat16)
     needs = Needs(True, False, False)
-    head = ChunkedHead(states, weight, None, needs, workspace_bytes=1, keeps_logits=False, kept=kept)
+    head = ChunkedHead(states, weight, None, needs, workspace_bytes=1, logits_a_row=0, section=section)
     assert list(head.chunks()) == [(slice(0, 6), True)]
-    assert head.gradient(slice(0, 6)).data_ptr() == kept.data_ptr()
+    assert head.gradient(slice(0, 6))[0].data_ptr() == section.own.data_ptr()

@@ -4,14 +4,15 @@ Whoever computes something from logits does, with rows in the order of ``Rows``:
 
     for rows, live in head.chunks():
         logits = head.logits(rows)              # float32, in memory that every chunk uses again
-        ...                                     # write the logits' gradient to head.gradient(rows) if live
+        ...                                     # write the logits' gradient to head.gradient(rows)[0] if live
         head.backpropagate(rows)                # its products with weight and hidden states, once a section is full
 
 Logits come from the product in float32. Their gradient is rounded to the precision of the product that it enters;
 what that gives is added up in float32 and rounded once.
 
 The gradients of several chunks, a section, enter the products together; ``_workspace.py`` says how many rows either
-has. Where kernels take hidden states, there are no logits, and a chunk is a section:
+has. Where kernels take hidden states, there are no logits, and a chunk is a section; a section of all rows may have
+its gradients in two parts, of the first words and of the rest (``_section.py``):
 
     for rows, live in head.chunks():
         ...                                     # from head.states(rows) and head.weight to head.gradient(rows)
@@ -27,10 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_fast.ops._products import add_product, gradient_dtype, product
+from grpo_fast.ops._products import gradient_dtype, is_one_product, product, products_by_words, sum_of_products
 from grpo_fast.ops._rows import HiddenRows
+from grpo_fast.ops._section import Section
 from grpo_fast.ops._vocabulary_parallel import resolve
-from grpo_fast.ops._workspace import Sum, even, row_width, rows_at_a_time
+from grpo_fast.ops._workspace import RowsAtATime, Sum, even, row_width, rows_at_a_time
 
 
 class Needs(NamedTuple):
@@ -55,20 +57,43 @@ def fake_gradients(
     return d_hidden, gradient(weight, needs.weight), gradient(bias, needs.bias)
 
 
-def one_section_holds(
-    states: HiddenRows, weight: Tensor, needs: Needs, workspace_bytes: int, *, sparse: bool
-) -> bool:
-    """Whether the gradients of all rows are in memory at once, where no logits are."""
-    total, dtype = states.rows.total, states.dtype
-    found = rows_at_a_time(
+def plan(
+    workspace_bytes: int,
+    rows: int,
+    weight: Tensor,
+    dtype: torch.dtype,
+    *,
+    logits_a_row: int,
+    own_sum: bool,
+    sparse: bool,
+) -> RowsAtATime:
+    """How many rows at a time a workspace holds of ``rows`` with a gradient, with products in ``dtype``.
+
+    Args:
+        logits_a_row: How many rows of logits there are for each; 0 where none are in memory.
+        own_sum: Whether the gradient of ``weight`` is added up in memory of its own.
+    """
+    V, H = weight.shape
+    width = row_width(V, weight)
+    in_place = logits_a_row > 0 and dtype == torch.float32  # an element in the place of another
+    return rows_at_a_time(
         workspace_bytes,
-        total,
-        logits_bytes=0,
-        gradient_bytes=dtype.itemsize * row_width(weight),
-        weight_sum=Sum.of(weight) if needs.weight else Sum(),
+        rows,
+        logits_bytes=4 * width * logits_a_row,
+        gradient_bytes=0 if in_place else dtype.itemsize * width,
+        states_bytes=(2 * dtype.itemsize + 4) * H,
+        weight_sum=Sum.of(weight) if own_sum else Sum(),
         sparse=sparse,
+        models=logits_a_row,
     )
-    return found.section >= total
+
+
+def section_of_all(
+    workspace_bytes: int, rows: int, weight: Tensor, dtype: torch.dtype, *, own_sum: bool, sparse: bool
+) -> Section | None:
+    """Memory for the gradients of all rows at once, where no logits are in memory; None if the workspace is less."""
+    found = plan(workspace_bytes, rows, weight, dtype, logits_a_row=0, own_sum=own_sum, sparse=sparse)
+    return None if found.section < rows else Section.empty(weight, rows, dtype, found.borrowed)
 
 
 class Projection:
@@ -82,7 +107,7 @@ class Projection:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         self._weight, self._bias = weight, bias
-        self.logits = weight.new_empty(rows, row_width(weight), dtype=torch.float32)[:, : weight.size(0)]
+        self.logits = Section.empty(weight, rows, torch.float32).parts[0]
 
     def __call__(self, states: Tensor) -> Tensor:
         """(n, V) of ``states`` (n, H), which are in the precision of the weight."""
@@ -106,10 +131,10 @@ class ChunkedHead:
         scale: A scalar that the gradients of the logits come multiplied by, so that they do not underflow.
         group: Of ranks that have a shard of the vocabulary each, over which the gradient of ``hidden`` is added up.
         hidden_in_float32: Whether the gradient of ``hidden`` is kept in float32, because it will be scaled.
-        keeps_logits: Whether there are logits in memory.
+        logits_a_row: How many rows of logits the workspace has for each, with those ``beside`` this head's; 0 where
+            there are none.
         sparse: Whether rows of the gradient may be sparse; a ``SparseGradient`` then takes those.
-        logits_a_row: How many rows of logits the workspace has for each, with those ``beside`` this head's.
-        kept: (rows.total, row_width) to write the gradient to, of all rows at once where no logits are in memory.
+        section: ``section_of_all`` rows, or of more; None if there is to be one here.
     """
 
     def __init__(
@@ -123,10 +148,9 @@ class ChunkedHead:
         scale: Tensor | None = None,
         group: str | None = None,
         hidden_in_float32: bool = False,
-        keeps_logits: bool = True,
-        sparse: bool = False,
         logits_a_row: int = 1,
-        kept: Tensor | None = None,
+        sparse: bool = False,
+        section: Section | None = None,
     ) -> None:
         V, H = weight.shape
         hidden = states.hidden
@@ -136,32 +160,30 @@ class ChunkedHead:
         self.weight = weight.to(self.dtype)
         self._states = states
 
-        width = row_width(weight)
-        in_place = keeps_logits and self.dtype == torch.float32  # an element in the place of another
-        self._chunk_rows, self._section_rows, self.aside_rows = rows_at_a_time(
+        chunk, section_rows, self.aside_rows, borrowed = plan(
             workspace_bytes,
-            rows.live,
-            logits_bytes=4 * width * logits_a_row if keeps_logits else 0,
-            gradient_bytes=0 if in_place else self.dtype.itemsize * width,
-            weight_sum=Sum.of(weight) if needs.weight and weight_grad_out is None else Sum(),
+            rows.live if section is None else section.own.size(0),
+            weight,
+            self.dtype,
+            logits_a_row=logits_a_row,
+            own_sum=needs.weight and weight_grad_out is None,
             sparse=sparse,
-            models=logits_a_row,
         )
-        if kept is not None and not keeps_logits:
-            self._chunk_rows = self._section_rows = max(rows.live, 1)
-        self._section = slice(0, 0)
+        if section is not None:
+            chunk, section_rows = max(chunk, rows.live), max(rows.live, 1)
+        self._chunk_rows, self._section_rows = chunk, section_rows
+        self._part = slice(0, 0)
         longest = {
-            live: max((_length(section) for section, of_live in self._sections() if of_live == live), default=0)
+            live: max((_length(part) for part, of_live in self._sections() if of_live == live), default=0)
             for live in (True, False)
         }
         self.longest_section = longest[True]
-        chunk = min(max(longest.values()), self._chunk_rows) if keeps_logits else 0
-        self._project = Projection(self.weight, bias, chunk)
-        self._gradient = self._project.logits
-        if not in_place:
-            if kept is None:
-                kept = weight.new_empty(longest[True], width, dtype=self.dtype)
-            self._gradient = kept[:, :V]
+        self._project = Projection(self.weight, bias, min(max(longest.values()), chunk) if logits_a_row > 0 else 0)
+        self._in_place = logits_a_row > 0 and self.dtype == torch.float32
+        if self._in_place:
+            logits = self._project.logits  # whose place the gradient takes
+            section = Section(logits, logits.new_empty(0), (logits,))
+        self._section = section or Section.empty(weight, longest[True], self.dtype, borrowed)
 
         self._scale, self._group = scale, group
         self._reduction: dist.Work | None = None
@@ -184,7 +206,9 @@ class ChunkedHead:
     def chunks(self) -> Iterator[tuple[slice, bool]]:
         """Consecutive rows whose logits fit the workspace; and whether they get a gradient."""
         for section, live in self._sections():
-            self._section, self._x = section, self._states[section]
+            if not live and not self._in_place:
+                self._section.release()  # its last gradients are done with
+            self._part, self._x = section, self._states[section]
             for chunk in _steps(section, self._chunk_rows):
                 yield chunk, live
 
@@ -196,7 +220,7 @@ class ChunkedHead:
             yield section, False
 
     def _within_section(self, rows: slice) -> slice:
-        return slice(rows.start - self._section.start, rows.stop - self._section.start)
+        return slice(rows.start - self._part.start, rows.stop - self._part.start)
 
     def states(self, rows: slice) -> Tensor:
         """(n, H), in the precision of the product."""
@@ -214,61 +238,75 @@ class ChunkedHead:
         """Another head over the same vocabulary, with memory for the logits of a chunk of rows."""
         return Projection(weight, bias, self._project.logits.size(0))
 
-    def gradient(self, rows: slice) -> Tensor:
-        """(n, V), where the gradient of the logits of these rows is to be written."""
-        return self._gradient[self._within_section(rows)]
+    def gradient(self, rows: slice) -> tuple[Tensor, ...]:
+        """(n, words) each, where the gradient of the logits of these rows is to be written; together all words.
+
+        One, where there are logits.
+        """
+        return self._section[self._within_section(rows)]
 
     def backpropagate(self, rows: slice) -> None:
         """Take the gradients of a section to hidden states, weight and bias, when these rows are its last."""
-        if rows.stop < self._section.stop:
+        if rows.stop < self._part.stop:
             return
-        gradient = self._gradient[: _length(self._section)]
+        gradient = self._section[self._within_section(self._part)]
         if self._d_hidden is not None:
+            to = self._d_hidden.dtype
             in_place = self.rows.index is None and self._scale is None
-            if in_place and self._d_hidden.dtype in (self.dtype, torch.float32):
-                product(gradient, self.weight, self._d_hidden[self._section])
+            if in_place and (to == torch.float32 or (to == self.dtype and is_one_product(gradient))):
+                sum_of_products(gradient, self.weight, self._d_hidden[self._part])
             else:
-                self.put_hidden(self._section, self._hidden_rows(gradient))
-            if self._section.stop == self.rows.live:
+                self.put_hidden(self._part, self._hidden_rows(gradient))
+            if self._part.stop == self.rows.live:
                 self._reduce_hidden()  # while the last section's product with the weight is computed
         # Added up in float32, unless this product gives it all.
-        alone = gradient.size(0) == self.rows.live and self._weight_dtype == self.dtype
+        alone = _length(self._part) == self.rows.live and self._weight_dtype == self.dtype
         self._add_to_weight(gradient, self._x, self._weight_dtype if alone else torch.float32)
 
-    def _hidden_rows(self, gradient: Tensor) -> Tensor:
-        d_rows = gradient.new_empty(gradient.size(0), self.weight.size(1), dtype=torch.float32)
-        product(gradient, self.weight, d_rows)
+    def _hidden_rows(self, gradient: tuple[Tensor, ...]) -> Tensor:
+        d_rows = self.weight.new_empty(gradient[0].size(0), self.weight.size(1), dtype=torch.float32)
+        sum_of_products(gradient, self.weight, d_rows)
         if self._scale is not None:
             d_rows /= self._scale
         return d_rows
 
-    def _add_to_weight(self, gradient: Tensor, x: Tensor, total_dtype: torch.dtype) -> None:
+    def _add_to_weight(self, gradient: tuple[Tensor, ...], x: Tensor, total_dtype: torch.dtype) -> None:
+        if self._d_bias is not None:
+            self._d_bias += torch.cat([part.sum(0, dtype=torch.float32) for part in gradient])
         if self.needs.weight:
             if self._d_weight is None:
-                self._d_weight = self.weight.new_empty(self.weight.shape, dtype=total_dtype)
-                product(gradient.t(), x, self._d_weight)
+                self._d_weight = self._weight_products(gradient, x, total_dtype)
             else:
-                add_product(gradient.t(), x, self._d_weight)
-        if self._d_bias is not None:
-            self._d_bias += gradient.sum(0, dtype=torch.float32)
+                products_by_words(gradient, x, self._d_weight, add=True)
+
+    def _weight_products(self, gradient: tuple[Tensor, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """gradient^T x, in memory that the gradient of the last words gives back if it had borrowed it."""
+        first, rest = gradient[:1], gradient[1:]
+        split = first[0].size(1)
+        of_rest = self.weight.new_empty(self.weight.size(0) - split, x.size(1), dtype=dtype)
+        products_by_words(rest, x, of_rest)
+        self._section.give_back()
+        d_weight = self.weight.new_empty(self.weight.shape, dtype=dtype)
+        products_by_words(first, x, d_weight[:split])
+        d_weight[split:] = of_rest
+        return d_weight
 
     def put_hidden(self, rows: slice | Tensor, d_rows: Tensor) -> None:
         """Set the gradient of the hidden states of ``rows``, or of the rows of these numbers."""
         assert self._d_hidden is not None
-        d_rows, index = d_rows.to(self._d_hidden.dtype), self.rows.index
-        if index is not None:
-            self._d_hidden.index_copy_(0, index[rows], d_rows)
-        elif isinstance(rows, slice):
+        if self.rows.index is not None:
+            rows = self.rows.index[rows]
+        if isinstance(rows, slice):
             self._d_hidden[rows] = d_rows
         else:
-            self._d_hidden.index_copy_(0, rows, d_rows)
+            self._d_hidden.index_copy_(0, rows, d_rows.to(self._d_hidden.dtype))
 
     def backpropagate_rows(self, gradient: Tensor, which: Tensor) -> None:
         """Take the gradients (n, V) of the rows of these numbers to hidden states, weight and bias."""
         if self.needs.hidden:
-            self.put_hidden(which, self._hidden_rows(gradient))
+            self.put_hidden(which, self._hidden_rows((gradient,)))
         if self.needs.weight or self.needs.bias:
-            self._add_to_weight(gradient, self.all_states().index_select(0, which), torch.float32)
+            self._add_to_weight((gradient,), self.all_states().index_select(0, which), torch.float32)
 
     def weight_total(self) -> tuple[Tensor | None, Tensor]:
         """(the sum so far of the weight's gradient, if any; where to write it with what is added last)."""
@@ -293,8 +331,8 @@ class ChunkedHead:
 
     def release(self) -> None:
         """Give back the memory of logits and gradients, whoever still holds a part of it."""
-        for memory in (self._gradient, self._project.logits):
-            memory.untyped_storage().resize_(0)
+        self._section.release()
+        self._project.logits.untyped_storage().resize_(0)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias, in the precision kept; empty where there is none to hand out."""

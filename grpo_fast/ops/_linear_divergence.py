@@ -63,7 +63,7 @@ def linear_divergence(
         divergences = weight.new_zeros(1, rows.total, dtype=torch.float32)
         for part, has_gradient in head.chunks():
             logits = head.logits(part)
-            gradient = head.gradient(part) if has_gradient else None
+            gradient = head.gradient(part)[0] if has_gradient else None
             kernels.divergence_rows(
                 divergences[0, part],
                 gradient,

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._chunks import ChunkedHead, Needs, one_section_holds, wanted
+from grpo_fast.ops._chunks import ChunkedHead, Needs, section_of_all, wanted
 from grpo_fast.ops._frozen_head import logps_of_frozen_head
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._row_kernels import Gradient, linear_kernels, row_kernels
-from grpo_fast.ops._rows import HiddenRows, Rows, as_rows, may_wait
+from grpo_fast.ops._rows import Choice, HiddenRows, Rows, as_rows, may_wait
+from grpo_fast.ops._section import Section
 from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._vocabulary_parallel import merge_rows, shard_index, sharded_linear_logps_ref, upstream_in_shard
-from grpo_fast.ops._workspace import row_width
+from grpo_fast.ops._workspace import LAUNCH_ROWS
 from grpo_fast.reference import linear_logps_ref
 
 #: If something flows back to a smaller share of the rows, to project these again costs less than products with all.
@@ -105,54 +106,69 @@ def _linear_logps(
     impl: str,
     group: str | None,
     sparse_grad_tol: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps, entropy, shift, total), (N,) each, of ``hidden`` (B, T, H); the last two are for the backward.
 
-    So are two more: the rows' exponentials with their bases, where kernels make these, they are for one of ``needs``
-    and the workspace holds them all; else empty.
+    So are three more: the rows' exponentials, in the one or two places of a ``Section``, and their bases, where
+    kernels make these, they are for one of ``needs``, and the workspace holds them all; else empty.
 
     With a ``group``, ``index`` is ``shard_index``'s, and the results are those of the whole vocabulary.
     """
-    kernels = row_kernels(impl)
+    kernels, count, V = row_kernels(impl), index.numel(), weight.size(0)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        rows = Rows.choose(index.numel(), mask, None, gradient=False, wait=may_wait(allow_sync, hidden))
+        choice = Choice.begin(count, mask, None, gradient=False, wait=may_wait(allow_sync, hidden))
+        logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+        which = weight, label_smoothing, softcap, group is not None
+        rows, counted, section = choice.all, choice.numbers, None
+        states, keeps = HiddenRows(hidden, rows, dtype), any(needs)
+        linear = None if keeps or count > LAUNCH_ROWS else linear_kernels(kernels, states, *which, gradient="none")
+        if linear is None:  # the host has to know how many rows there are
+            rows, counted = choice.rows, None
+            states = HiddenRows(hidden, rows, dtype)
+            linear = linear_kernels(kernels, states, *which, gradient="by exponentials") if keeps else None
+            keeps = linear is not None
+            linear = linear or linear_kernels(kernels, states, *which, gradient="none")
+        if keeps:
+            sparse = sparse_grad_tol is not None
+            section = section_of_all(workspace_bytes, rows.total, weight, dtype, own_sum=needs[1], sparse=sparse)
+        bases = weight.new_empty(rows.total if section is not None else 0, dtype=torch.float32)
         ids = rows.take(index)
         results = weight.new_zeros(4, rows.total, dtype=torch.float32)
-        options = temperature, logit_scale, softcap, return_entropy
-        states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
-        which = kernels, states, weight, label_smoothing, softcap, group is not None
-        linear = linear_kernels(*which, gradient="by exponentials") if any(needs) else None
-        keeps = 0
-        if linear is None:
-            linear = linear_kernels(*which, gradient="none")
-        elif one_section_holds(states, weight, Needs(*needs), workspace_bytes, sparse=sparse_grad_tol is not None):
-            keeps = rows.total
-        kept = weight.new_empty(keeps, row_width(weight), dtype=states.dtype)
-        bases = results.new_empty(keeps)
         head = ChunkedHead(
-            states, weight, bias, Needs(False, False, False), workspace_bytes, keeps_logits=linear is None
+            states, weight, bias, Needs(False, False, False), workspace_bytes, logits_a_row=int(linear is None)
         )
         for part, _ in head.chunks():
-            counts = None if rows.mask is None else rows.mask[part]
             if linear is not None:
-                place = (kept[part, : weight.size(0)], bases[part]) if keeps > 0 else ()
-                found = linear.logps(head.states(part), head.weight, bias, ids[part], *options, *place)
-                if counts is not None:
-                    found = [x.where(counts, 0.0) if x.numel() > 0 else x for x in found]
-                _put(results[:, part], found)
+                product = linear.product(
+                    head.states(part),
+                    head.weight,
+                    bias,
+                    ids[part],
+                    memory=() if section is None else section[part],
+                    counted=None if counted is None else counted[1],
+                    **logits_options,
+                )
+                if product.bases is not None:
+                    bases[part] = product.bases
+                _put(results[:, part], linear.logps(product, return_entropy))
                 continue
-            logits, counts = head.logits(part), None if counts is None else counts.unsqueeze(0)
+            logits, counts = head.logits(part), None if rows.mask is None else rows.mask[part].unsqueeze(0)
+            options = temperature, logit_scale, softcap, return_entropy
             _put(results[:, part], kernels.logps(logits.unsqueeze(0), ids[part].unsqueeze(0), counts, *options))
             if label_smoothing:
                 spread = above_mean(logits, as_address(ids[part], logits.size(1)))
                 spread *= label_smoothing * logit_scale / temperature
                 results[0, part] -= spread if counts is None else spread * counts.squeeze(0)
-        logps, entropy, shifts, totals = (x.clone() for x in rows.spread(results))
+        results = rows.spread(results)
+        if mask is not None:
+            results = results.where(mask, 0.0)
+        logps, entropy, shifts, totals = (x.clone() for x in results)
         if group is not None:
-            logps, entropy, shifts, totals = merge_rows(
-                index, weight.size(0), mask, logps, entropy, shifts, totals, group
-            )
-    return logps, entropy if return_entropy else entropy.new_empty(0), shifts, totals, kept, bases
+            logps, entropy, shifts, totals = merge_rows(index, V, mask, logps, entropy, shifts, totals, group)
+        nothing = weight.new_empty(0, 0, dtype=dtype), weight.new_empty(0, dtype=dtype)
+        kept = nothing if section is None else (section.own, section.borrowed)
+    return logps, entropy if return_entropy else entropy.new_empty(0), shifts, totals, *kept, bases
 
 
 def _put(results: Tensor, found: Sequence[Tensor]) -> None:
@@ -176,18 +192,19 @@ def _(
     return_entropy: bool,
     needs: list[bool],
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logps, shifts, totals = (weight.new_empty(index.shape, dtype=torch.float32) for _ in range(3))
     entropy = weight.new_empty(index.shape if return_entropy else (0,), dtype=torch.float32)
-    keeps = torch.library.get_ctx().new_dynamic_size() if any(needs) else 0
+    rows, words, elements = (torch.library.get_ctx().new_dynamic_size() if any(needs) else 0 for _ in range(3))
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    kept = weight.new_empty(keeps, row_width(weight), dtype=dtype)
-    return logps, entropy, shifts, totals, kept, logps.new_empty(keeps)
+    kept = weight.new_empty(rows, words, dtype=dtype), weight.new_empty(elements, dtype=dtype)
+    return logps, entropy, shifts, totals, *kept, logps.new_empty(rows)
 
 
-@torch.library.custom_op("grpo_fast::linear_logps_backward", mutates_args=("kept",))
+@torch.library.custom_op("grpo_fast::linear_logps_backward", mutates_args=("kept", "borrowed"))
 def _linear_logps_backward(
     kept: Tensor | None,
+    borrowed: Tensor | None,
     bases: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
@@ -215,21 +232,27 @@ def _linear_logps_backward(
 
     Nor are the others, if their exponentials are ``kept``, whose place the gradient of the logits takes.
     """
-    kernels = row_kernels(impl)
+    kernels, dtype = row_kernels(impl), torch.promote_types(hidden.dtype, weight.dtype)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if group is not None:
             entropy, d_logps, d_entropy = upstream_in_shard(index, weight.size(0), entropy, d_logps, d_entropy)
         moved = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
-        projected, mask = mask, moved if mask is None else moved & mask
-        rows = Rows.choose(index.numel(), mask, None, gradient=True, wait=may_wait(allow_sync, hidden))
-        if kept is not None and not 0 < KEPT_FROM * kept.size(0) <= rows.total:
-            kept.untyped_storage().resize_(0)  # before memory for fewer rows is taken: the caller still holds it
-            kept = bases = None
-        if kept is not None:
-            rows = rows.among(projected, kept.size(0), mask)
-        states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
-        by: Gradient = "by the product" if sparse_grad_tol is None and kept is None else "by exponentials"
-        linear = linear_kernels(kernels, states, weight, label_smoothing, softcap, group is not None, gradient=by)
+        counts = moved if mask is None else moved & mask
+        choice = Choice.begin(index.numel(), mask, moved, gradient=True, wait=may_wait(allow_sync, hidden))
+        which = weight, label_smoothing, softcap, group is not None
+        rows, section = _with_gradient(choice, counts), None
+        if kept is not None and borrowed is not None:
+            section = Section.of(kept, borrowed, weight.size(0))
+            again = _kept_rows(choice, mask, counts, kept.size(0))
+            enough, states = 0 < KEPT_FROM * again.total <= rows.total, HiddenRows(hidden, again, dtype)
+            if enough and linear_kernels(kernels, states, *which, gradient="by exponentials") is not None:
+                rows = again
+            else:
+                section.release()  # before memory for fewer rows is taken: the caller still holds it
+                section = bases = None
+        by: Gradient = "by the product" if sparse_grad_tol is None and section is None else "by exponentials"
+        states = HiddenRows(hidden, rows, dtype)
+        linear = linear_kernels(kernels, states, *which, gradient=by)
         head = ChunkedHead(
             states,
             weight,
@@ -237,35 +260,39 @@ def _linear_logps_backward(
             Needs(*needs),
             workspace_bytes,
             group=group,
-            keeps_logits=linear is None,
+            logits_a_row=int(linear is None),
             sparse=sparse_grad_tol is not None,
-            kept=kept,
+            section=section,
         )
         sparse = sparse_gradient(head, linear, sparse_grad_tol, may_wait(allow_sync, hidden))
+        logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
         saved = [
             None if x is None or x.numel() == 0 else rows.take(x)
             for x in (index, rows.mask, logps, entropy, shifts, totals, d_logps, d_entropy)
         ]
         for part, _ in head.chunks():
-            gradient = head.gradient(part)
-            ids, counts, logp, h, shift, total, d_logp, d_h = (None if x is None else x[part] for x in saved)
+            memory = head.gradient(part)
+            ids, counted, logp, h, shift, total, d_logp, d_h = (None if x is None else x[part] for x in saved)
             assert ids is not None
             assert logp is not None
             assert d_logp is not None
             if linear is not None:
-                rest = head.states(part), head.weight, bias, ids, counts, logp, h, shift, total, d_logp, d_h
-                options = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+                model = head.states(part), head.weight, bias, ids
+                rest = counted, logp, h, shift, total, d_logp, d_h
                 if by == "by the product":
-                    linear.logps_backward(gradient, *rest, **options)
+                    linear.logps_backward(memory, *model, *rest, **logits_options)
                     head.backpropagate(part)
                     continue
-                exponentials = linear.exponentials(gradient, *rest, **options, bases=bases)
+                known = None if bases is None else bases[part]
+                product = linear.product(*model, memory=memory, bases=known, **logits_options)
+                exponentials = linear.exponentials(product, *rest)
                 if sparse is not None:
                     sparse.backpropagate(part, exponentials)
                 else:
                     exponentials.gradient()
                     head.backpropagate(part)
                 continue
+            (gradient,) = memory
             logits = head.logits(part)
             if label_smoothing:
                 labels = as_address(ids, logits.size(1))
@@ -276,19 +303,17 @@ def _linear_logps_backward(
                 gradient.unsqueeze(0),
                 logits.unsqueeze(0),
                 ids,
-                counts,
+                counted,
                 logp,
                 h,
                 shift,
                 total,
                 d_logp,
                 d_h,
-                temperature,
-                logit_scale,
-                softcap,
+                **logits_options,
             )
             if label_smoothing:
-                add_gradient_above_mean(gradient, labels, factor if counts is None else factor * counts)
+                add_gradient_above_mean(gradient, labels, factor if counted is None else factor * counted)
             head.backpropagate(part)
         if sparse is not None:
             sparse.finish()
@@ -298,9 +323,32 @@ def _linear_logps_backward(
     return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias
 
 
+def _with_gradient(choice: Choice, counts: Tensor) -> Rows:
+    """Those in ``counts``, which come first; all if the host may not wait."""
+    if choice.places is None:
+        return Rows(choice.count, choice.count, choice.count, mask=counts)
+    first, index = choice.rows.live, choice.rows.index
+    return Rows(choice.count, first, first, None if index is None else index[:first])
+
+
+def _kept_rows(choice: Choice, projected: Tensor | None, counts: Tensor, total: int) -> Rows:
+    """The ``total`` rows that were ``projected``, whose exponentials are kept; those in ``counts`` count."""
+    index = None
+    if projected is not None and total < choice.count:
+        index = torch.nonzero_static(projected, size=total).squeeze(1)
+    all_count = choice.places is not None and choice.rows.live == total
+    return Rows(choice.count, total, total, index, None if all_count else counts)
+
+
 @_linear_logps_backward.register_fake
 def _(
-    kept: Tensor | None, bases: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    kept: Tensor | None,
+    borrowed: Tensor | None,
+    bases: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = args[8]
 
@@ -322,11 +370,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, index, mask, logps, entropy, shifts, totals, kept, bases = ctx.saved_tensors
+    hidden, weight, bias, index, mask, logps, entropy, shifts, totals, kept, borrowed, bases = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     keeps, ctx.keeps = ctx.keeps, False  # for one backward, which overwrites it, but not what autograd has saved
     gradients = _linear_logps_backward(
-        *((kept.data, bases) if keeps else (None, None)),
+        *((kept.data, borrowed.data, bases) if keeps else 3 * [None]),
         hidden,
         weight,
         bias,

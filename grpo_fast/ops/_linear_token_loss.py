@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import GRPOLossConfig
+from grpo_fast.ops._ahead import product_ahead
 from grpo_fast.ops._checks import Shapes
 from grpo_fast.ops._chunks import ChunkedHead, Needs, fake_gradients
 from grpo_fast.ops._known_gradient import KnownGradientFunction
 from grpo_fast.ops._label_smoothing import above_mean, add_gradient_above_mean, as_address
 from grpo_fast.ops._library import overwritten, plain_op
-from grpo_fast.ops._row_kernels import linear_kernels, row_kernels
-from grpo_fast.ops._rows import HiddenRows, Rows, as_rows, may_wait
+from grpo_fast.ops._row_kernels import Gradient, linear_kernels, row_kernels
+from grpo_fast.ops._rows import Choice, HiddenRows, as_rows, may_wait
 from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._token_loss import METRICS, term_options
 
@@ -92,22 +93,33 @@ def linear_token_loss(
     kernels = row_kernels(impl)
     wants = Needs(*needs)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        rows = Rows.choose(index.numel(), mask, live, gradient=any(wants), wait=may_wait(allow_sync, hidden))
+        choice = Choice.begin(index.numel(), mask, live, gradient=any(wants), wait=may_wait(allow_sync, hidden))
         scale = None
         if torch.promote_types(hidden.dtype, weight.dtype) == torch.float16 and token_weights.numel() > 0:
             # A weight of 1 in many tokens would underflow: the largest is brought to between 1 and 2.
             scale = torch.exp2(-token_weights.amax().clamp(min=1e-30).log2().floor())
             token_weights = token_weights * scale
             entropy_items = None if entropy_items is None else entropy_items / scale
-        states = HiddenRows(hidden, rows, torch.promote_types(hidden.dtype, weight.dtype))
-        linear = linear_kernels(
+        logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+        ahead = product_ahead(
             kernels,
-            states,
+            choice,
+            hidden,
             weight,
+            bias,
+            index,
+            workspace_bytes=workspace_bytes,
+            own_sum=wants.weight and weight_grad_out is None,
+            sparse=sparse_grad_tol is not None,
             label_smoothing=label_smoothing,
-            softcap=softcap,
-            gradient="by exponentials" if rows.live else "none",
+            **logits_options,
         )
+        rows = choice.rows  # the host waits, and the GPU has something to do
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        states = HiddenRows(hidden, rows, dtype, None if ahead is None else ahead.states)
+        by: Gradient = "by exponentials" if rows.live else "none"
+        linear = linear_kernels(kernels, states, weight, label_smoothing, softcap, gradient=by)
+        known = 0 if ahead is None else rows.live if any(wants) else rows.total
         head = ChunkedHead(
             states,
             weight,
@@ -117,8 +129,9 @@ def linear_token_loss(
             weight_grad_out,
             scale,
             hidden_in_float32=hidden_in_float32,
-            keeps_logits=linear is None,
+            logits_a_row=int(linear is None),
             sparse=sparse_grad_tol is not None,
+            section=None if ahead is None else ahead.section,
         )
         sparse = sparse_gradient(head, linear, sparse_grad_tol, may_wait(allow_sync, hidden))
         inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)
@@ -140,9 +153,6 @@ def linear_token_loss(
             tau_pos=tau_pos,
             tau_neg=tau_neg,
             entropy_coef=entropy_coef,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
         )
         for part, has_gradient in head.chunks():
             ids, adv, weights, old, ref, chosen, ratio, kept = (None if x is None else x[part] for x in per_token)
@@ -150,7 +160,6 @@ def linear_token_loss(
             assert weights is not None
             found = results[:, part].unbind()
             rest = (
-                ids,
                 kept,
                 None,
                 adv,
@@ -164,12 +173,16 @@ def linear_token_loss(
                 weights,
                 entropy_items,
             )
-            gradient = head.gradient(part) if has_gradient else None
+            memory = head.gradient(part) if has_gradient else ()
             if linear is not None:
-                left = linear.loss_rows(found, gradient, head.states(part), head.weight, bias, *rest, **options)
-                if gradient is not None and sparse is not None:
+                if ahead is not None and part.stop <= known:
+                    product = ahead.product[part]
+                else:
+                    product = linear.product(head.states(part), weight, bias, ids, memory=memory, **logits_options)
+                left = linear.loss_rows(found, product, *rest, **options)
+                if has_gradient and sparse is not None:
                     sparse.backpropagate(part, left)
-                elif gradient is not None:
+                elif has_gradient:
                     left.gradient()
                     head.backpropagate(part)
             else:
@@ -177,13 +190,13 @@ def linear_token_loss(
                 labels = as_address(ids, logits.size(1)) if label_smoothing else ids
                 smoothing = weights * (label_smoothing * logit_scale / temperature)
                 spread = above_mean(logits, labels) * smoothing if label_smoothing else None
-                rows_of_gradient = None if gradient is None else gradient.unsqueeze(0)
-                kernels.loss_rows(found, None, rows_of_gradient, logits.unsqueeze(0), *rest, **options)
+                gradient = memory[0].unsqueeze(0) if has_gradient else None
+                kernels.loss_rows(found, None, gradient, logits.unsqueeze(0), ids, *rest, **options, **logits_options)
                 if spread is not None:
                     results[2, part] += spread
-                    if gradient is not None:
-                        add_gradient_above_mean(gradient, labels, smoothing)
-                if gradient is not None:
+                    if has_gradient:
+                        add_gradient_above_mean(memory[0], labels, smoothing)
+                if has_gradient:
                     head.backpropagate(part)
         if sparse is not None:
             sparse.finish()

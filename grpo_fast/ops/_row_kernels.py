@@ -18,10 +18,11 @@ class LinearKernels(NamedTuple):
     """The same from hidden states, where no logits are kept."""
 
     takes: Callable[..., bool]  # (hidden, weight)
+    product: Callable[..., Any]  # of the two; what follows is made from it
     loss_rows: Callable[..., Any]
     logps: Callable[..., Any]
-    logps_backward: Callable[..., Any]
-    exponentials: Callable[..., Any]  # in its place, where they are kept or may be made sparse
+    exponentials: Callable[..., Any]  # and the slopes of their gradient by those of log-probs and entropy
+    logps_backward: Callable[..., Any]  # the gradient of the logits by another product
     sum_of_rows: Callable[..., Any]  # a product with sparse rows
 
 
@@ -50,10 +51,11 @@ def row_kernels(impl: str) -> RowKernels:
             cuda.scale_gradient,
             LinearKernels(
                 cuda_linear.takes,
+                cuda_linear.linear_product,
                 cuda_linear.linear_loss_rows,
                 cuda_linear.linear_logps_fwd,
-                cuda_linear.linear_logps_bwd,
                 cuda_linear.linear_exponentials,
+                cuda_linear.linear_logps_bwd,
                 cuda_linear.sum_of_rows,
             ),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,40 +27,8 @@ class Rows:
 
     @staticmethod
     def choose(count: int, mask: Tensor | None, live: Tensor | None, *, gradient: bool, wait: bool) -> Rows:
-        """Those that ``mask`` (count,) keeps, and of these, if there is a gradient, the ``live`` (count,) ones first.
-
-        The host has to ``wait`` for the GPU once to know how many there are. If it may not, all rows are taken.
-        """
-        if not gradient:
-            live = None
-        if not wait or (mask is None and live is None):
-            return Rows(count, count if gradient else 0, count, mask=mask)
-        if live is None:
-            assert mask is not None
-            index = mask.nonzero().squeeze(-1)
-            total = index.numel()
-            first = total if gradient else 0
-            return Rows(count, first, total, index=None if total == count else index)
-        if mask is None:
-            first, total = int(live.sum()), count
-        else:
-            live = live & mask
-            first, total = torch.stack([live.sum(), mask.sum()]).tolist()
-        if total == count and first in (0, count):
-            return Rows(count, first, total)
-        order = 1 - live.to(torch.int8)
-        if mask is not None:
-            order += 1 - mask.to(torch.int8)
-        index = order.argsort(stable=True)
-        return Rows(count, first, total, index=index[:total])
-
-    def among(self, projected: Tensor | None, total: int, mask: Tensor) -> Rows:
-        """The ``total`` rows that ``projected`` keeps, of which those in ``mask``, which these are, count."""
-        index = None
-        if projected is not None and total < self.count:
-            index = torch.nonzero_static(projected, size=total).squeeze(1)
-        all_count = self.mask is None and self.total == total
-        return Rows(self.count, total, total, index, None if all_count else mask)
+        """Those of ``Choice``, at once."""
+        return Choice.begin(count, mask, live, gradient=gradient, wait=wait).rows
 
     def take(self, x: Tensor) -> Tensor:
         """These rows of ``x`` (N, ...)."""
@@ -70,6 +39,68 @@ class Rows:
         if self.index is None:
             return x
         return x.new_zeros(x.size(0), self.count).index_copy(1, self.index, x)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``Rows`` in the making: how many there are the GPU knows first, and the host once it has to.
+
+    Attributes:
+        mask: (count,) bool, what counts among all rows if nothing is chosen.
+        places: (count,) int8, 2 for rows that come first, 1 for others that are projected, 0 for the rest; None if
+            nothing is chosen.
+        numbers: (2,) int64, how many there are with a gradient, and with or without.
+        read: Those numbers, for which the host waits; None if nothing is chosen.
+    """
+
+    count: int
+    gradient: bool
+    mask: Tensor | None = None
+    places: Tensor | None = None
+    numbers: Tensor | None = None
+    read: Callable[[], list[int]] | None = None
+
+    @staticmethod
+    def begin(count: int, mask: Tensor | None, live: Tensor | None, *, gradient: bool, wait: bool) -> Choice:
+        """Those that ``mask`` (count,) keeps, and of these, if there is a gradient, the ``live`` (count,) ones first.
+
+        The host has to ``wait`` for the GPU once to know how many there are. If it may not, all rows are taken.
+        """
+        if not gradient:
+            live = None
+        if not wait or (mask is None and live is None):
+            return Choice(count, gradient, mask)
+        if live is None:
+            assert mask is not None
+            places = mask.to(torch.int8)
+            total = places.sum()
+            numbers = torch.stack([total if gradient else torch.zeros_like(total), total])
+        else:
+            first = live if mask is None else live & mask
+            places = first.to(torch.int8) + (1 if mask is None else mask.to(torch.int8))
+            numbers = torch.stack([(places == 2).sum(), (places > 0).sum()])
+        return Choice(count, gradient, None, places, numbers, begin_to_read(numbers))
+
+    @functools.cached_property
+    def order(self) -> Tensor | None:
+        """(count,) the numbers of all rows, by their places; None for all as they lie."""
+        return None if self.places is None else self.places.argsort(descending=True, stable=True)
+
+    @property
+    def all(self) -> Rows:
+        """All rows by their places, none with a gradient as yet."""
+        return Rows(self.count, 0, self.count, self.order, self.mask)
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """They themselves; waits if something was chosen."""
+        if self.read is None:
+            return Rows(self.count, self.count if self.gradient else 0, self.count, mask=self.mask)
+        first, total = self.read()
+        if total == self.count and first in (0, total):
+            return Rows(self.count, first, total)
+        assert self.order is not None
+        return Rows(self.count, first, total, index=self.order[:total])
 
 
 def as_rows(hidden: Tensor) -> Tensor:
@@ -108,10 +139,12 @@ class HiddenRows:
         hidden: (B, T, H), any strides; the rows are its N = B T positions.
         rows: Which rows, in which order.
         dtype: That of the product.
+        found: (any, H), these rows and perhaps more, where they have been looked up already.
     """
 
-    def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype, found: Tensor | None = None) -> None:
         self.hidden, self.rows, self.dtype = hidden, rows, dtype
+        self._found = found
         # Where sequences follow each other without a gap, rows are a view.
         follow = hidden.size(0) == 1 or hidden.stride(0) == hidden.size(1) * hidden.stride(1)
         self._flat = hidden.flatten(0, 1) if follow else None
@@ -119,6 +152,8 @@ class HiddenRows:
 
     def __getitem__(self, part: slice) -> Tensor:
         """(n, H)"""
+        if self._found is not None:
+            return self._found[part]
         numbers = None if self.rows.index is None else self.rows.index[part]
         if self._flat is not None:
             x = self._flat[part] if numbers is None else self._flat.index_select(0, numbers)

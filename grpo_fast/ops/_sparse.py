@@ -113,7 +113,8 @@ class SparseGradient:
         if dense > 0:
             which = torch.nonzero_static(ends < starts, size=dense).squeeze(1)
             exponentials.gradient(which)
-            self._set_aside(self._head.gradient(part), which, part.start)
+            (gradient,) = self._head.gradient(part)
+            self._set_aside(gradient, which, part.start)
         return True
 
     def _set_aside(self, gradient: Tensor, which: Tensor, first_row: int) -> None:

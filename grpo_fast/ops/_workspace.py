@@ -3,10 +3,12 @@
 In half precision a gradient takes half of the memory that its logits take, and the sum over the rows is read and
 written by each product that adds to it. So chunks of logits are short, and sections of several chunks long.
 
-The gradient of a weight in bfloat16 is added up in float32, and that sum is rounded once the last section's memory is
-free again. So sections may take what the rounded gradient will, if the workspace is less. And if one section holds
-all rows, there is no sum, and it may take what that would have taken more. The bound of the peak is the same: the
-sum, and the larger of workspace and rounded gradient.
+What an op takes at the most, beyond its inputs, the gradients that it hands out and some numbers a row, is the
+workspace. It is not less than the float32 sum of a bfloat16 weight's gradient: before that is rounded the last
+section's memory is free again, so sections may have what the rounded gradient takes, and hidden states beside. If one
+section holds all rows, there is no sum, and some words' gradients may lie where that of the weight will, until it is
+written: borrowed memory. Where rows may be sparse, hidden states and what the sum takes more than the gradient come
+on top.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._products import gradient_dtype
+from grpo_fast.ops._products import WAVE_WORDS, gradient_dtype
 
 #: What the logits of a chunk and the gradients of a section may take, in bytes, where the caller does not say.
 WORKSPACE_BYTES = 2 * 2**30
@@ -34,37 +36,48 @@ LEAST_ASIDE = 0.125
 #: So too if sparse rows have more elements than these, on average over a section: those with few, those with many.
 #: About so many cost what dense rows do: any at all cost a sum over the weight more.
 SHORT_ON_AVERAGE, LONG_ON_AVERAGE = 256, 64
-#: What an element takes.
-ELEMENT_BYTES = 12
+#: What these take, a row.
+BYTES_IN_ELEMENTS = 12 * (SHORT_ON_AVERAGE + LONG_ON_AVERAGE)
+#: Where words' gradients lie in two places, the first has a multiple of this (kTileWords), and if it can be, of
+#: ``WAVE_WORDS``.
+TILE_WORDS = 256
 #: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
 PASSING_ROWS = 9 * TILE_ROWS
 LAUNCH_ROWS = 64 * TILE_ROWS
 
 
 class Sum(NamedTuple):
-    """What the gradient of a weight takes, in bytes, beside a buffer of the caller's.
+    """What the gradient of a weight takes, in bytes, if it is added up in another precision than it is handed out in.
 
     Attributes:
-        rounded: When it is handed out, if another tensor than the sum.
-        spared: What the sum takes more, if one product alone would do without.
+        rounded: When it is handed out.
+        beyond: What the sum takes more.
+        words: Of how many words that is.
     """
 
     rounded: int = 0
-    spared: int = 0
+    beyond: int = 0
+    words: int = 1
 
     @staticmethod
     def of(weight: Tensor) -> Sum:
         """That of the gradient of ``weight``."""
         kept, total = gradient_dtype(weight).itemsize, torch.float32.itemsize
-        return Sum() if kept >= total else Sum(kept * weight.numel(), (total - kept) * weight.numel())
+        if kept >= total:
+            return Sum()
+        return Sum(kept * weight.numel(), (total - kept) * weight.numel(), weight.size(0))
 
 
 class RowsAtATime(NamedTuple):
-    """Of logits, of gradients; and of gradients that stay dense where most are sparse."""
+    """Of logits, of gradients; and of gradients that stay dense where most are sparse.
+
+    ``borrowed`` words of a section's gradients, which are those of all rows, lie where that of the weight will.
+    """
 
     chunk: int
     section: int
     aside: int = 0
+    borrowed: int = 0
 
 
 def rows_at_a_time(
@@ -73,6 +86,7 @@ def rows_at_a_time(
     *,
     logits_bytes: int,
     gradient_bytes: int,
+    states_bytes: int,
     weight_sum: Sum,
     sparse: bool = False,
     models: int = 1,
@@ -82,46 +96,73 @@ def rows_at_a_time(
     Args:
         live: How many rows have a gradient.
         logits_bytes: Of a row, with those of other ``models``; 0 if none are kept.
-        gradient_bytes: Of a row; 0 if it takes the logits' place.
+        gradient_bytes: Of a row of logits; 0 if it takes the logits' place.
+        states_bytes: Of a row: hidden states in their order, and their gradient before it is rounded.
         sparse: Whether rows of the gradient may be sparse, where no logits are kept.
     """
-    room = max(workspace_bytes, weight_sum.rounded)
+    least = 0
+    if gradient_bytes > 0:  # beside the sum, a section that takes what the rounded gradient will
+        least = weight_sum.rounded // gradient_bytes * states_bytes
+    budget = max(workspace_bytes, weight_sum.rounded + weight_sum.beyond + least)
+    if sparse and logits_bytes == 0:  # else one section would have no room for dense rows
+        budget, states_bytes = max(workspace_bytes, weight_sum.rounded) + weight_sum.beyond, 0
+    room = max(budget - weight_sum.beyond, 1)
+    a_row = gradient_bytes + states_bytes
     chunk = 0
     if logits_bytes > 0:
-        chunk = max(room // logits_bytes, 1)
+        chunk = max(room // (logits_bytes + (states_bytes if gradient_bytes == 0 else 0)), 1)
         if live == 0:
             chunk = min(chunk, PASSING_ROWS)
         if live == 0 or gradient_bytes == 0:
             return RowsAtATime(chunk, chunk)
         share = chunk // LOGITS_SHARE
         chunk = _to_tiles(min(max(share, 3 * TILE_ROWS), share * models))
-        chunk = max(min(chunk, room // (logits_bytes + gradient_bytes)), 1)
-    left = room - chunk * logits_bytes
-    left_in_one = left + weight_sum.spared - live * gradient_bytes
-    if sparse and logits_bytes == 0:
-        elements = (SHORT_ON_AVERAGE + LONG_ON_AVERAGE) * ELEMENT_BYTES
-        # Dense rows are set aside, and gone again, before the rounded gradient is there.
-        left_aside = left_in_one + weight_sum.rounded - live * elements
-        if left_in_one >= 0 and left_aside >= LEAST_ASIDE * live * gradient_bytes:
-            aside = min(left_aside // gradient_bytes, int(DENSE_SHARE * live))
-            return RowsAtATime(max(live, LAUNCH_ROWS), max(live, 1), aside)
-        a_row = (1.0 + DENSE_SHARE) * gradient_bytes + elements
-        section = max(int(room / a_row), 1)
+        chunk = max(min(chunk, room // (logits_bytes + a_row)), 1)
+    elif (one := _one_section(budget, live, gradient_bytes, states_bytes, weight_sum, sparse)) is not None:
+        return one
+    elif sparse:
+        dense = (1.0 + DENSE_SHARE) * gradient_bytes + BYTES_IN_ELEMENTS
+        section = max(int(room / dense), 1)
         return RowsAtATime(max(section, LAUNCH_ROWS), section, int(DENSE_SHARE * section))
-    section = max(left // gradient_bytes, 1)
-    if left_in_one >= 0:
+    logits = chunk * logits_bytes
+    section = max((room - logits) // a_row, 1)
+    if logits + live * a_row <= budget:
         section = max(section, live)
     return RowsAtATime(chunk or max(section, LAUNCH_ROWS), section)
 
 
-def row_width(weight: Tensor) -> int:
-    """How far apart rows of logits of ``weight`` (V, H) lie.
+def _one_section(
+    budget: int, live: int, gradient_bytes: int, states_bytes: int, weight_sum: Sum, sparse: bool
+) -> RowsAtATime | None:
+    """Of all rows, where no logits are kept, if they fit: with no words' gradients borrowed, or as many as can be."""
+    a_word = gradient_bytes * live / weight_sum.words
+    most = int(weight_sum.rounded / a_word) - 8 if a_word > 0 else 0  # less what makes a row's part of it even
+    most = min(most, weight_sum.words - TILE_WORDS)
+    splits = [-(-(weight_sum.words - most) // unit) * unit for unit in (WAVE_WORDS, TILE_WORDS)]
+    states, elements = live * states_bytes, live * BYTES_IN_ELEMENTS
+    for borrowed in [0] if sparse else [0, *(max(weight_sum.words - split, 0) for split in splits)]:
+        left = int(budget - live * gradient_bytes + borrowed * a_word)
+        # The products of borrowed words with the hidden states are made before their memory is given back.
+        products = borrowed * weight_sum.rounded // weight_sum.words
+        if left < max(states, products + states // 2):
+            continue
+        if not sparse:
+            return RowsAtATime(max(live, LAUNCH_ROWS), max(live, 1), borrowed=borrowed)
+        # Dense rows are set aside while the section is there, and then beside the sum: before the rounded gradient.
+        aside = min(left + weight_sum.rounded, budget - weight_sum.beyond) - elements
+        if aside >= LEAST_ASIDE * live * gradient_bytes:
+            aside = min(aside // gradient_bytes, int(DENSE_SHARE * live))
+            return RowsAtATime(max(live, LAUNCH_ROWS), max(live, 1), aside, borrowed)
+    return None
 
-    On a GPU they begin at multiples of 16 bytes, whatever V is. On a CPU torch's product in bfloat16 may read what
+
+def row_width(words: int, like: Tensor) -> int:
+    """How far apart rows of so many logits lie.
+
+    On a GPU they begin at multiples of 16 bytes, whatever that is. On a CPU torch's product in bfloat16 may read what
     fills them up.
     """
-    V = weight.size(0)
-    return -(-V // 8) * 8 if weight.is_cuda else V
+    return -(-words // 8) * 8 if like.is_cuda else words
 
 
 def _to_tiles(rows: int) -> int:

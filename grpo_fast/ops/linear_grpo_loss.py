@@ -92,11 +92,12 @@ def linear_grpo_loss(
         weight_grad_out: (V, H) float32 that the weight's gradient is added to, without a rounding, in place of
             ``weight.grad``. That happens in the forward, so the loss must be scaled by its own options
             (``num_items_in_batch``): an upstream gradient other than 1 is an error on the device. Kernels only.
-        workspace_bytes: What the logits in memory at a time may take, with their gradient; None is 2 GiB. On top of
-            it the gradient of a bfloat16 ``weight`` is added up in (V, H) float32, unless ``weight_grad_out`` is
-            given. Room that this leaves anyway is used too, whatever the workspace: that of the rounded gradient,
-            which comes last, and that of the sum where all tokens fit at once, without one. The ``"torch"``
-            implementation has chunks of its own.
+        workspace_bytes: What the call may take beyond its inputs, the gradients and some numbers a token; None is
+            2 GiB. It is never less than 4 V H + 8 H^2, what the gradient of a bfloat16 ``weight`` takes in float32,
+            where it is added up if not all tokens fit at once, and some hidden states; unless ``weight`` is frozen
+            or ``weight_grad_out`` given.
+            Weights of another precision than the products are copied beside it. The ``"torch"`` implementation has
+            chunks of its own.
         allow_sync: The host waits for the GPU to learn how many tokens count. If it may not, or while a CUDA graph is
             captured, every token is projected; the result is the same.
         sparse_grad_tol: The expected error of the gradient of the logits, relative to itself in the L2 norm: 1e-4 to
@@ -105,8 +106,8 @@ def linear_grpo_loss(
             is lost; ``weight`` and ``bias`` go without, which is less of an error there. Rows with few elements enter
             sparse products, whose cost is that of the elements; the others, and all if most are like them, the usual
             ones. The same inputs give the same gradients; loss, log-probs and metrics are exact.
-            Beside the workspace, the elements take some 50 bytes each, and the weight's gradient (V, H) in float32 if
-            any row is of the others. On Hopper, in bfloat16, with ``allow_sync``, without a softcap or
+            Beside the workspace, the elements take some 50 bytes each, the hidden states are copied, and the sum of
+            the weight's gradient takes 2 V H. On Hopper, in bfloat16, with ``allow_sync``, without a softcap or
             ``process_group``, for H a multiple of 8 and up to 262,144 words. See docs/sparse.md.
         process_group: ``weight``, ``bias``, ``ref_weight`` and ``ref_bias`` are this rank's shards of the vocabulary,
             as in ``linear_selective_log_softmax``; the other arguments and the results are the same on every rank of

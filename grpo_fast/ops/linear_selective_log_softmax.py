@@ -50,10 +50,11 @@ def linear_selective_log_softmax(
         bias: (V,) float.
         mask: (...,); positions where it is 0 are not projected: their result is 0, and no gradient flows.
         temperature, logit_scale, softcap, return_entropy, impl: As in ``selective_log_softmax``.
-        workspace_bytes: As in ``linear_grpo_loss``. What is kept for the backward takes it from the forward on: of
-            several calls before a backward, each.
-        allow_sync: The host waits for the GPU to learn how many positions the mask keeps. If it may not, or while a
-            CUDA graph is captured, every position is projected; the result is the same.
+        workspace_bytes: As in ``linear_grpo_loss``. What is kept for the backward takes it from the forward on, and
+            what the gradient of ``weight`` will take: of several calls before a backward, each.
+        allow_sync: The host waits for the GPU to learn how many positions the mask keeps, unless kernels find out by
+            themselves: on Hopper, in half precision, without a gradient, up to 8,192 positions. If it may not, or
+            while a CUDA graph is captured, every position is projected; the result is the same.
         sparse_grad_tol: As in ``linear_grpo_loss``, for the backward.
         process_group: ``weight`` and ``bias`` are this rank's shard of the vocabulary, a contiguous part in the order
             of the ranks, of any size. The other arguments are the same on every rank, ``index`` in ids of the whole

@@ -1,0 +1,234 @@
+"""The product that is launched before the host knows how many rows count, anywhere: a stand-in for its kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from conftest import DEVICE, KERNELS, rand
+
+from grpo_fast.ops import _ahead, _linear_token_loss, _workspace
+from grpo_fast.ops._linear_token_loss import cross_entropy_rows
+from grpo_fast.ops._row_kernels import LinearKernels, RowKernels, row_kernels
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_buffers"),
+    pytest.mark.skipif("triton" not in KERNELS, reason="stands in for kernels that Triton's have none of"),
+]
+
+N, V, H = 24, 56, 16
+HIDDEN = rand(1, N, H, seed=1).bfloat16()
+WEIGHT = rand(V, H, seed=2, scale=0.5).bfloat16()
+LABELS = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+MASK = torch.arange(N, device=DEVICE) % 4 != 1
+LIVE = torch.arange(N, device=DEVICE) % 3 != 1
+ALL, NONE = torch.ones_like(MASK), torch.zeros_like(MASK)
+SLOPE = 1.2 / 0.9  # logit scale by temperature
+#: What all rows take: their exponentials, and hidden states with their gradients.
+ROOM = N * (2 * V + 8 * H)
+
+
+@dataclass
+class Product:
+    """Log-probs of all words, of rows that count, and where probabilities in bfloat16 are."""
+
+    log_p: Tensor
+    index: Tensor
+    memory: tuple[Tensor, ...]
+
+    def __getitem__(self, rows: slice) -> Product:
+        return Product(self.log_p[rows], self.index[rows], tuple(part[rows] for part in self.memory))
+
+
+@dataclass
+class Left:
+    """What the gradient is made of, and the weights of the rows' losses."""
+
+    product: Product
+    weights: Tensor
+
+    def gradient(self) -> None:
+        memory = self.product.memory
+        p = torch.cat(memory, 1).float()
+        gradient = SLOPE * self.weights[:, None] * (p - torch.nn.functional.one_hot(self.product.index, V))
+        gradient = gradient.masked_fill(self.weights[:, None] == 0, 0.0)
+        for part, words in zip(memory, gradient.split([x.size(1) for x in memory], 1), strict=True):
+            part.copy_(words)
+
+
+def takes(hidden: Tensor, weight: Tensor) -> bool:
+    return all(x.stride(0) % 8 == 0 and x.stride(0) >= x.size(1) for x in (hidden, weight))
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How many rows each product is launched for, and how many of them count."""
+    found: list[tuple[int, int]] = []
+
+    def product(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        *,
+        temperature: float,
+        logit_scale: float,
+        softcap: float | None,
+        memory: tuple[Tensor, ...] = (),
+        counted: Tensor | None = None,
+    ) -> Product:
+        assert bias is None
+        assert softcap is None
+        assert takes(hidden, weight)
+        rows = hidden.size(0)
+        assert rows > 0
+        count = rows if counted is None else min(int(counted), rows)
+        found.append((rows, count))
+        log_p = (hidden.float() @ weight.float().T * (logit_scale / temperature)).log_softmax(-1)
+        log_p[count:] = math.nan
+        for part, words in zip(
+            memory, log_p.exp().split([x.size(1) for x in memory], 1) if memory else (), strict=True
+        ):
+            part[:count] = words[:count].to(part.dtype)
+        return Product(log_p, index, memory)
+
+    def loss_rows(
+        results: list[Tensor], product: Product, kept: Tensor | None, *inputs: Any, **_: Any
+    ) -> Left | None:
+        *_, weights, _ = inputs
+        counts = torch.ones_like(weights, dtype=torch.bool) if kept is None else kept
+        logp = product.log_p.gather(1, product.index[:, None]).squeeze(1)
+        assert logp[counts].isfinite().all(), "of a row that did not count"
+        entropy = -(product.log_p.exp() * product.log_p).sum(-1)
+        for result, values in zip(
+            results, (logp, entropy, -logp * weights, *3 * [torch.zeros_like(logp)]), strict=True
+        ):
+            result.copy_(values.where(counts, 0.0))
+        return Left(product, weights.where(counts, 0.0)) if product.memory else None
+
+    linear = LinearKernels(takes, product, loss_rows, *4 * [None])  # type: ignore[arg-type]
+
+    def stand_in(impl: str) -> RowKernels:
+        return row_kernels("triton")._replace(linear=linear)
+
+    monkeypatch.setattr(_linear_token_loss, "row_kernels", stand_in)
+    return found
+
+
+def losses(
+    hidden: Tensor = HIDDEN,
+    mask: Tensor | None = None,
+    live: Tensor | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, False),
+    workspace: int = 2**20,
+    allow_sync: bool = True,
+    sparse_grad_tol: float | None = None,
+    labels: Tensor = LABELS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(cross entropies, and the gradients of their sum over the live ones by hidden states and weight)"""
+    weights = torch.ones(labels.numel(), device=DEVICE) if mask is None else mask.float()
+    values, _, (d_hidden, d_weight, _) = cross_entropy_rows(
+        hidden,
+        WEIGHT,
+        None,
+        labels,
+        mask,
+        weights,
+        live=live,
+        needs=list(needs),
+        impl="triton",
+        workspace_bytes=workspace,
+        allow_sync=allow_sync,
+        label_smoothing=0.0,
+        sparse_grad_tol=sparse_grad_tol,
+        temperature=0.9,
+        logit_scale=1.2,
+        softcap=None,
+    )
+    return values, d_hidden, d_weight
+
+
+def check(found: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, live: Tensor | None) -> None:
+    """Against float64; where nothing is asked for, nothing is to be there."""
+    counts = ALL if mask is None else mask
+    hidden, weight = (x.double().requires_grad_() for x in (HIDDEN[0], WEIGHT))
+    logp = (hidden @ weight.T * SLOPE).log_softmax(-1).gather(1, LABELS[:, None]).squeeze(1)
+    values = -logp.where(counts, 0.0)
+    with_gradient = counts if live is None else counts & live
+    truth = torch.autograd.grad(values[with_gradient].sum(), (hidden, weight))
+    torch.testing.assert_close(found[0].double(), values.detach(), rtol=1e-4, atol=1e-4)
+    for x, y in zip(found[1:], truth, strict=True):
+        if x.numel() > 0:
+            assert (x.view_as(y).double() - y).norm() <= 1e-2 * y.norm()
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, True, False), (True, False, False), (False, True, False), (False, False, False)]
+)
+@pytest.mark.parametrize("live", [None, LIVE, ALL, NONE], ids=["", "live", "all live", "none live"])
+@pytest.mark.parametrize("mask", [None, MASK, ALL, NONE], ids=["", "mask", "all", "none"])
+def test_rows_that_the_gpu_counts(
+    mask: Tensor | None, live: Tensor | None, needs: tuple[bool, bool, bool], products: list[tuple[int, int]]
+) -> None:
+    hidden = HIDDEN
+    if mask is not None:
+        hidden = hidden.clone()
+        hidden[0, ~mask] = math.nan
+    check(losses(hidden, mask, live, needs), mask, live)
+    counts = ALL if mask is None else mask
+    with_gradient = (counts if live is None else counts & live) if any(needs) else counts
+    ahead, rest = int(with_gradient.sum()), int(counts.sum()) - int(with_gradient.sum())
+    assert products == [(N, ahead), *[(rest, rest)] * (rest > 0)]
+
+
+@pytest.mark.parametrize("live", [None, LIVE])
+def test_without_waiting_every_row_counts(live: Tensor | None, products: list[tuple[int, int]]) -> None:
+    check(losses(mask=MASK, live=live, allow_sync=False), MASK, None)
+    assert products == [(N, N)]
+
+
+@pytest.mark.parametrize("live", [None, LIVE])
+def test_in_two_places(live: Tensor | None, products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_workspace, "TILE_WORDS", 8)
+    check(losses(mask=MASK, live=live, workspace=ROOM - 100), MASK, live)
+    assert products[0] == (N, int((MASK if live is None else MASK & live).sum()))
+
+
+def test_what_one_launch_cannot_have(products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waits then, and the rows that count may fit."""
+    check(losses(mask=MASK, live=LIVE, workspace=ROOM - 100), MASK, LIVE)
+    live = int((MASK & LIVE).sum())
+    assert products == [(live, live), (18 - live, 18 - live)]
+    products.clear()
+    monkeypatch.setattr(_ahead, "LAUNCH_ROWS", 10)
+    monkeypatch.setattr(_workspace, "LAUNCH_ROWS", 10)
+    check(losses(mask=MASK, needs=(False, False, False)), MASK, None)
+    assert products == [(10, 10), (8, 8)]
+
+
+@pytest.mark.parametrize("workspace", [1, 2**20])
+@pytest.mark.parametrize("mask", [None, ALL, MASK], ids=["", "all", "mask"])
+def test_states_that_kernels_do_not_take(
+    mask: Tensor | None, workspace: int, products: list[tuple[int, int]]
+) -> None:
+    """As they lie; in order, they are copies, which begin where they may."""
+    hidden = torch.zeros(1, N, H + 1, dtype=torch.bfloat16, device=DEVICE)[..., :H]
+    hidden.copy_(HIDDEN)
+    check(losses(hidden, mask, workspace=workspace), mask, None)
+    assert bool(products) == (mask is MASK or (mask is ALL and workspace > 1))
+
+
+def test_nothing_at_all(products: list[tuple[int, int]]) -> None:
+    """No error either where rows may be sparse."""
+    for tolerance in (None, 1e-3):
+        found = losses(HIDDEN[:, :0], labels=LABELS[:0], sparse_grad_tol=tolerance)
+        assert found[0].numel() == 0
+        assert (found[2] == 0).all()
+    assert products == []
