@@ -89,7 +89,8 @@ def no_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 def gradients(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: torch.Tensor) -> None:
     """The loss and its gradients, dense and sparse, with everything that the rows' kernels can be asked for."""
-    _chunks.product = _products.product = _products.add_product = no_product
+    for module in (_chunks, _products):
+        module.product = module.add_product = no_product
     shared: dict[str, Any] = {"impl": "cuda", "advantages": torch.randn(2, device="cuda")}
     shared["cu_seqlens"] = torch.tensor([0, index.numel() // 2, index.numel()], device="cuda")
     hidden = hidden + 2.0 * weight[index]  # peaked

@@ -130,12 +130,11 @@ def counted() -> Iterator[CountProducts]:
         return product
 
     _products.product, _products.add_product = map(counting, originals)
-    _chunks.product = _products.product
+    _chunks.product, _chunks.add_product = _products.product, _products.add_product
     try:
         yield count
     finally:
-        _products.product, _products.add_product = originals
-        _chunks.product = originals[0]
+        _products.product, _products.add_product = _chunks.product, _chunks.add_product = originals
 
 
 # linear_grpo_loss ------------------------------------------------------------------------------------------------

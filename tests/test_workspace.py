@@ -27,6 +27,7 @@ from grpo_fast.ops._workspace import (
     RowsAtATime,
     Sum,
     rows_at_a_time,
+    section_rows,
 )
 
 MIB = 2**20
@@ -88,6 +89,27 @@ def test_nothing_is_borrowed_without_need() -> None:
     assert plan(2_048, 2_048).borrowed > 0
     assert plan(2_048, 2_048, own_sum=False).borrowed == 0
     assert plan(2_048, 2_048, live=6_000).borrowed == 0
+
+
+@pytest.mark.parametrize("hidden", [896, 2_048, 4_096])
+def test_sections_fill_waves(hidden: int) -> None:
+    """No more rows than there may be, and no more time than with equal parts of as few sections as there can be."""
+    for rows, most in itertools.product(
+        (1, 700, 8_192, 10_000, 32_768, 131_072), (1, 100, 128, 700, 2_048, 4_770, 7_067)
+    ):
+        found = section_rows(rows, most, hidden)
+        assert 1 <= found <= max(min(rows, most), 1)
+        assert found in (rows, most) or found % TILE_ROWS == 0
+
+    def time(rows: int, n: int) -> float:
+        parts = [n] * (rows // n) + [rows % n] * (rows % n > 0)
+        return sum(-(-(-(-part // 256) * hidden // 128) // 132) + hidden / 6_000 for part in parts)
+
+    for rows, most in itertools.product((10_000, 32_768), (2_048, 4_770, 7_067)):
+        equal = -(-rows // -(-rows // most))
+        assert time(rows, section_rows(rows, most, hidden)) <= time(rows, equal)
+    assert section_rows(32_768, 4_770, 2_048) == 4_096
+    assert section_rows(8_192, 2_048, 2_048) == 2_048
 
 
 def test_sums_by_precision() -> None:
@@ -208,8 +230,9 @@ PATHS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
 @pytest.mark.parametrize(("words", "size"), [(V, 2_048), (32_000, 4_096), (1_000, 64)])
 def test_peak(path: str, words: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all that a head makes, beyond the gradients that it hands out and some numbers a row."""
-    for module, name in ((_chunks, "product"), (_products, "product"), (_products, "add_product")):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    for module in (_chunks, _products):
+        for name in ("product", "add_product"):
+            monkeypatch.setattr(module, name, lambda *_: None)
     hidden_dtype, dtype, options = PATHS[path]
     of_sums = torch.promote_types(hidden_dtype, dtype)
     dense_shares = [0.0, 0.1, 0.3, 0.45, 1.0] if options.get("sparse") else [0.0]

@@ -28,11 +28,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_fast.ops._products import gradient_dtype, is_one_product, product, products_by_words, sum_of_products
+from grpo_fast.ops._products import (
+    add_product,
+    gradient_dtype,
+    is_one_product,
+    product,
+    products_by_words,
+    sum_of_products,
+)
 from grpo_fast.ops._rows import HiddenRows
 from grpo_fast.ops._section import Section
 from grpo_fast.ops._vocabulary_parallel import resolve
-from grpo_fast.ops._workspace import RowsAtATime, Sum, even, row_width, rows_at_a_time
+from grpo_fast.ops._workspace import RowsAtATime, Sum, row_width, rows_at_a_time, section_rows
 
 
 class Needs(NamedTuple):
@@ -160,7 +167,7 @@ class ChunkedHead:
         self.weight = weight.to(self.dtype)
         self._states = states
 
-        chunk, section_rows, self.aside_rows, borrowed = plan(
+        chunk, most, self.aside_rows, borrowed = plan(
             workspace_bytes,
             rows.live if section is None else section.own.size(0),
             weight,
@@ -170,8 +177,8 @@ class ChunkedHead:
             sparse=sparse,
         )
         if section is not None:
-            chunk, section_rows = max(chunk, rows.live), max(rows.live, 1)
-        self._chunk_rows, self._section_rows = chunk, section_rows
+            chunk, most = max(chunk, rows.live), max(rows.live, 1)
+        self._chunk_rows, self._section_rows = chunk, most
         self._part = slice(0, 0)
         longest = {
             live: max((_length(part) for part, of_live in self._sections() if of_live == live), default=0)
@@ -214,7 +221,7 @@ class ChunkedHead:
 
     def _sections(self) -> Iterator[tuple[slice, bool]]:
         live = self.rows.live
-        for section in _steps(slice(0, live), even(live, self._section_rows)):
+        for section in _steps(slice(0, live), section_rows(live, self._section_rows, self.weight.size(1))):
             yield section, True
         for section in _steps(slice(live, self.rows.total), self._chunk_rows):
             yield section, False
@@ -277,7 +284,8 @@ class ChunkedHead:
             if self._d_weight is None:
                 self._d_weight = self._weight_products(gradient, x, total_dtype)
             else:
-                products_by_words(gradient, x, self._d_weight, add=True)
+                (whole,) = gradient  # only one section of all rows has two parts
+                add_product(whole.t(), x, self._d_weight)
 
     def _weight_products(self, gradient: tuple[Tensor, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
         """gradient^T x, in memory that the gradient of the last words gives back if it had borrowed it."""

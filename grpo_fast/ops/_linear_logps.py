@@ -240,16 +240,14 @@ def _linear_logps_backward(
         counts = moved if mask is None else moved & mask
         choice = Choice.begin(index.numel(), mask, moved, gradient=True, wait=may_wait(allow_sync, hidden))
         which = weight, label_smoothing, softcap, group is not None
-        rows, section = _with_gradient(choice, counts), None
+        rows, section = None, None
         if kept is not None and borrowed is not None:
-            section = Section.of(kept, borrowed, weight.size(0))
-            again = _kept_rows(choice, mask, counts, kept.size(0))
-            enough, states = 0 < KEPT_FROM * again.total <= rows.total, HiddenRows(hidden, again, dtype)
-            if enough and linear_kernels(kernels, states, *which, gradient="by exponentials") is not None:
-                rows = again
-            else:
+            section, rows = Section.of(kept, borrowed, weight.size(0)), _kept_rows(choice, mask, counts, kept.size(0))
+            enough, states = 0 < KEPT_FROM * rows.total <= choice.first, HiddenRows(hidden, rows, dtype)
+            if not enough or linear_kernels(kernels, states, *which, gradient="by exponentials") is None:
                 section.release()  # before memory for fewer rows is taken: the caller still holds it
-                section = bases = None
+                rows = section = bases = None
+        rows = rows or _with_gradient(choice, counts)
         by: Gradient = "by the product" if sparse_grad_tol is None and section is None else "by exponentials"
         states = HiddenRows(hidden, rows, dtype)
         linear = linear_kernels(kernels, states, *which, gradient=by)
@@ -336,7 +334,7 @@ def _kept_rows(choice: Choice, projected: Tensor | None, counts: Tensor, total: 
     index = None
     if projected is not None and total < choice.count:
         index = torch.nonzero_static(projected, size=total).squeeze(1)
-    all_count = choice.places is not None and choice.rows.live == total
+    all_count = choice.places is not None and choice.first == total
     return Rows(choice.count, total, total, index, None if all_count else counts)
 
 

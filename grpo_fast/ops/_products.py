@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 #: With so many rows or more, products over so many words at a time are faster than with all (docs/kernels.md).
-LONG_ROWS = 4_096
+LONG_ROWS = 6_144
 PIECE_WORDS = 76_032
 #: With a multiple of so many words cuBLAS's tiles of 256 words and 128 hidden units fill all of an H100's 132
 #: multiprocessors to the last.
@@ -44,11 +44,11 @@ def sum_of_products(gradient: tuple[Tensor, ...], weight: Tensor, out: Tensor) -
         add = add_product
 
 
-def products_by_words(gradient: tuple[Tensor, ...], x: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out (V, H) = gradient^T @ x, or += that."""
+def products_by_words(gradient: tuple[Tensor, ...], x: Tensor, out: Tensor) -> None:
+    """out (V, H) = gradient^T @ x."""
     pieces = _pieces(gradient)
     for piece, words in zip(pieces, _by_words(out, pieces), strict=True):
-        (add_product if add else product)(piece.t(), x, words)
+        product(piece.t(), x, words)
 
 
 def is_one_product(gradient: tuple[Tensor, ...]) -> bool:

@@ -91,12 +91,21 @@ class Choice:
         """All rows by their places, none with a gradient as yet."""
         return Rows(self.count, 0, self.count, self.order, self.mask)
 
+    @property
+    def first(self) -> int:
+        """How many have a gradient; waits if something was chosen."""
+        return self._read[0]
+
+    @functools.cached_property
+    def _read(self) -> list[int]:
+        return [self.count if self.gradient else 0, self.count] if self.read is None else self.read()
+
     @functools.cached_property
     def rows(self) -> Rows:
         """They themselves; waits if something was chosen."""
-        if self.read is None:
-            return Rows(self.count, self.count if self.gradient else 0, self.count, mask=self.mask)
-        first, total = self.read()
+        first, total = self._read
+        if self.places is None:
+            return Rows(self.count, first, total, mask=self.mask)
         if total == self.count and first in (0, total):
             return Rows(self.count, first, total)
         assert self.order is not None

@@ -13,6 +13,7 @@ on top.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,8 @@ BYTES_IN_ELEMENTS = 12 * (SHORT_ON_AVERAGE + LONG_ON_AVERAGE)
 #: Where words' gradients lie in two places, the first has a multiple of this (kTileWords), and if it can be, of
 #: ``WAVE_WORDS``.
 TILE_WORDS = 256
+#: For so many hidden units the sum's way through memory takes as long as a wave of tiles, on an H100.
+SUM_IS_A_WAVE = 6_000
 #: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
 PASSING_ROWS = 9 * TILE_ROWS
 LAUNCH_ROWS = 64 * TILE_ROWS
@@ -171,10 +174,24 @@ def _to_tiles(rows: int) -> int:
     return max(rows if rows <= tile // 2 else round(rows / tile) * tile, 1)
 
 
-def even(rows: int, most: int) -> int:
-    """How many rows a part has if there are at most so many in each and, but for tiles, equal numbers."""
-    parts = -(-rows // max(-(-rows // most), 1))
-    return max(min(-(-parts // TILE_ROWS) * TILE_ROWS, most), 1)
+@functools.cache
+def section_rows(rows: int, most: int, hidden_size: int) -> int:
+    """How many rows a section has, but for the last, if there are at most so many in each.
+
+    cuBLAS computes the hidden states' gradient in tiles of 256 rows and 128 hidden units, an H100 132 of them at a
+    time, a wave, of which the last may be all but empty. Each section costs a read and a write of the weight's sum
+    besides.
+    """
+    if rows <= most:
+        return max(rows, 1)
+
+    def waves(n: int) -> float:
+        tiles = -(-n // 256) * -(-hidden_size // 128)
+        return -(-tiles // 132) + hidden_size / SUM_IS_A_WAVE if n > 0 else 0.0
+
+    sizes = [most, *range(most // TILE_ROWS * TILE_ROWS, 0, -TILE_ROWS)]
+    best: int = min(sizes, key=lambda n: rows // n * waves(n) + waves(rows % n))
+    return best
 
 
 def check_workspace(workspace_bytes: object) -> int:
