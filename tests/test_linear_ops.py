@@ -754,6 +754,12 @@ def test_memory_is_the_workspace(size: int, workspace_mib: int) -> None:
     weight = torch.randn(vocabulary, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     index = torch.randint(0, vocabulary, (1, rows), device="cuda")
     for inputs in ({}, {"config": GRPOLossConfig(importance_sampling_level="sequence")}):
+        few = [x.detach().requires_grad_() for x in (hidden[:, :512], weight[:1_024])]  # cuBLAS has memory of its own
+        small = index[:, :512] % 1_024
+        linear_grpo_loss(
+            *few, small, advantages=torch.ones(1, device="cuda"), workspace_bytes=1, **inputs
+        ).loss.backward()
+        del few, small
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         advantages = torch.ones(1, device="cuda")
