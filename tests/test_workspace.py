@@ -110,6 +110,7 @@ def test_sections_fill_waves(hidden: int) -> None:
         assert time(rows, section_rows(rows, most, hidden)) <= time(rows, equal)
     assert section_rows(32_768, 4_770, 2_048) == 4_096
     assert section_rows(8_192, 2_048, 2_048) == 2_048
+    assert section_rows(8_192, 6_700, 2_048) == 4_096  # no slower than 6,144 and 2,048
 
 
 def test_sums_by_precision() -> None:

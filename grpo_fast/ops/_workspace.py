@@ -189,8 +189,10 @@ def section_rows(rows: int, most: int, hidden_size: int) -> int:
         tiles = -(-n // 256) * -(-hidden_size // 128)
         return -(-tiles // 132) + hidden_size / SUM_IS_A_WAVE if n > 0 else 0.0
 
-    sizes = [most, *range(most // TILE_ROWS * TILE_ROWS, 0, -TILE_ROWS)]
-    best: int = min(sizes, key=lambda n: rows // n * waves(n) + waves(rows % n))
+    sizes = [*range(TILE_ROWS, most, TILE_ROWS), most]
+    best: int = min(
+        sizes, key=lambda n: round(rows // n * waves(n) + waves(rows % n), 6)
+    )  # the least memory of these
     return best
 
 
