@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -242,7 +243,9 @@ def _linear_logps_backward(
         which = weight, label_smoothing, softcap, group is not None
         rows, section = None, None
         if kept is not None and borrowed is not None:
-            section, rows = Section.of(kept, borrowed, weight.size(0)), _kept_rows(choice, mask, counts, kept.size(0))
+            section, rows = Section.of(kept, borrowed, weight.size(0)), _kept_rows(mask, counts, kept.size(0))
+            if choice.places is not None and choice.first == rows.total:
+                rows = replace(rows, mask=None)
             enough, states = 0 < KEPT_FROM * rows.total <= choice.first, HiddenRows(hidden, rows, dtype)
             if not enough or linear_kernels(kernels, states, *which, gradient="by exponentials") is None:
                 section.release()  # before memory for fewer rows is taken: the caller still holds it
@@ -329,13 +332,12 @@ def _with_gradient(choice: Choice, counts: Tensor) -> Rows:
     return Rows(choice.count, first, first, None if index is None else index[:first])
 
 
-def _kept_rows(choice: Choice, projected: Tensor | None, counts: Tensor, total: int) -> Rows:
+def _kept_rows(projected: Tensor | None, counts: Tensor, total: int) -> Rows:
     """The ``total`` rows that were ``projected``, whose exponentials are kept; those in ``counts`` count."""
     index = None
-    if projected is not None and total < choice.count:
+    if projected is not None and total < projected.numel():
         index = torch.nonzero_static(projected, size=total).squeeze(1)
-    all_count = choice.places is not None and choice.first == total
-    return Rows(choice.count, total, total, index, None if all_count else counts)
+    return Rows(counts.numel(), total, total, index, counts)
 
 
 @_linear_logps_backward.register_fake
