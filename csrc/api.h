@@ -181,7 +181,7 @@ constexpr int kTileWords = 256;
 
 // What each lane of the product, clusters of blocks that share a row, found of it.
 struct Partials {
-  float4* values;  // (linear_lanes, stride)
+  float4* values;  // (lanes at most, stride)
   int stride;      // no less than the number of rows
   int* lanes;      // a scalar: how many there were
 };

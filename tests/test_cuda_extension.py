@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,6 +151,7 @@ def test_the_words_are_shared_out_evenly() -> None:
         rounds = -(-pairs * lanes // clusters) / lanes
         assert 1 <= lanes <= clusters == _C.linear_lanes_at_most(2 * clusters)
         assert rounds <= 1.02 * pairs / clusters, count
+        assert lanes == clusters // math.gcd(pairs, clusters), "no more than it takes"
 
 
 @pytest.mark.parametrize("changes", [{"logits": 64}, {"logits": None}, {"V": 2**40}, {"strides": (1, 2, 3)}], ids=str)

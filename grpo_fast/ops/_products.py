@@ -9,7 +9,7 @@ from torch import Tensor
 LONG_ROWS = 6_144
 PIECE_WORDS = 76_032
 #: With a multiple of so many words cuBLAS's tiles of 256 words and 128 hidden units fill all of an H100's 132
-#: multiprocessors to the last.
+#: multiprocessors to the last, where there are a multiple of 512 hidden units.
 WAVE_WORDS = 33 * 256
 
 
@@ -61,7 +61,7 @@ def _pieces(gradient: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _piece_words(rows: int, words: int) -> int:
-    """So many words as the pieces have but for the last, which is about as long."""
+    """So many words as the pieces have, but for the last."""
     if rows < LONG_ROWS:
         return max(words, 1)
     pieces = max(-(-words // PIECE_WORDS), 1)

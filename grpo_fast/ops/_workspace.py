@@ -131,7 +131,8 @@ def rows_at_a_time(
     section = max((room - logits) // a_row, 1)
     if logits + live * a_row <= budget:
         section = max(section, live)
-    return RowsAtATime(chunk or max(section, LAUNCH_ROWS), section)
+    passing = min(LAUNCH_ROWS, room // max(states_bytes, 1))
+    return RowsAtATime(chunk or max(section, passing), section)
 
 
 def _one_section(
@@ -174,7 +175,7 @@ def _to_tiles(rows: int) -> int:
     return max(rows if rows <= tile // 2 else round(rows / tile) * tile, 1)
 
 
-@functools.cache
+@functools.lru_cache(1_024)
 def section_rows(rows: int, most: int, hidden_size: int) -> int:
     """How many rows a section has, but for the last, if there are at most so many in each.
 
@@ -189,10 +190,8 @@ def section_rows(rows: int, most: int, hidden_size: int) -> int:
         tiles = -(-n // 256) * -(-hidden_size // 128)
         return -(-tiles // 132) + hidden_size / SUM_IS_A_WAVE if n > 0 else 0.0
 
-    sizes = [*range(TILE_ROWS, most, TILE_ROWS), most]
-    best: int = min(
-        sizes, key=lambda n: round(rows // n * waves(n) + waves(rows % n), 6)
-    )  # the least memory of these
+    sizes = [most, *range(most // TILE_ROWS * TILE_ROWS, 0, -TILE_ROWS)]
+    best: int = min(sizes, key=lambda n: rows // n * waves(n) + waves(rows % n))
     return best
 
 

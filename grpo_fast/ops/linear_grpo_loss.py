@@ -92,12 +92,11 @@ def linear_grpo_loss(
         weight_grad_out: (V, H) float32 that the weight's gradient is added to, without a rounding, in place of
             ``weight.grad``. That happens in the forward, so the loss must be scaled by its own options
             (``num_items_in_batch``): an upstream gradient other than 1 is an error on the device. Kernels only.
-        workspace_bytes: What the call may take beyond its inputs, the gradients and some numbers a token; None is
-            2 GiB. It is never less than 4 V H + 8 H^2, what the gradient of a bfloat16 ``weight`` takes in float32,
-            where it is added up if not all tokens fit at once, and some hidden states; unless ``weight`` is frozen
-            or ``weight_grad_out`` given.
-            Weights of another precision than the products are copied beside it. The ``"torch"`` implementation has
-            chunks of its own.
+        workspace_bytes: What the call may take beyond its inputs, the gradients and up to 300 numbers a token; None
+            is 2 GiB. It is never less than 4 V H + 8 H^2, what the gradient of a bfloat16 ``weight`` takes in
+            float32, where it is added up if not all tokens fit at once, and some hidden states; unless ``weight`` is
+            frozen or ``weight_grad_out`` given. Weights of another precision than the products are copied beside it.
+            The ``"torch"`` implementation has chunks of its own.
         allow_sync: The host waits for the GPU to learn how many tokens count. If it may not, or while a CUDA graph is
             captured, every token is projected; the result is the same.
         sparse_grad_tol: The expected error of the gradient of the logits, relative to itself in the L2 norm: 1e-4 to
