@@ -241,19 +241,23 @@ def _linear_logps_backward(
         counts = moved if mask is None else moved & mask
         choice = Choice.begin(index.numel(), mask, moved, gradient=True, wait=may_wait(allow_sync, hidden))
         which = weight, label_smoothing, softcap, group is not None
-        rows, section = None, None
+        rows, section, linear = None, None, None
+        by: Gradient = "by exponentials"
         if kept is not None and borrowed is not None:
             section, rows = Section.of(kept, borrowed, weight.size(0)), _kept_rows(mask, counts, kept.size(0))
             if choice.places is not None and choice.first == rows.total:
                 rows = replace(rows, mask=None)
-            enough, states = 0 < KEPT_FROM * rows.total <= choice.first, HiddenRows(hidden, rows, dtype)
-            if not enough or linear_kernels(kernels, states, *which, gradient="by exponentials") is None:
+            states = HiddenRows(hidden, rows, dtype)
+            if 0 < KEPT_FROM * rows.total <= choice.first:
+                linear = linear_kernels(kernels, states, *which, gradient=by)
+            if linear is None:
                 section.release()  # before memory for fewer rows is taken: the caller still holds it
-                rows = section = bases = None
-        rows = rows or _with_gradient(choice, counts)
-        by: Gradient = "by the product" if sparse_grad_tol is None and section is None else "by exponentials"
-        states = HiddenRows(hidden, rows, dtype)
-        linear = linear_kernels(kernels, states, *which, gradient=by)
+                section = bases = None
+        if section is None or rows is None:
+            by = "by the product" if sparse_grad_tol is None else by
+            rows = _with_gradient(choice, counts)
+            states = HiddenRows(hidden, rows, dtype)
+            linear = linear_kernels(kernels, states, *which, gradient=by)
         head = ChunkedHead(
             states,
             weight,
