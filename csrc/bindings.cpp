@@ -185,6 +185,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("architectures") = GRPO_FAST_ARCHITECTURES;
   m.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   m.attr("PARTIAL") = gf::kPartial;
+  m.attr("TILE_WORDS") = gf::kTileWords;
   m.attr("SPARSE_SAMPLE") = sizeof(gf::SparseSample) / sizeof(unsigned long long);
   m.def("error_string", [](int code) { return std::string(cudaGetErrorString(static_cast<cudaError_t>(code))); });
 

@@ -7,6 +7,7 @@ architectures: str
 cuda_version: str
 PARTIAL: int
 SPARSE_SAMPLE: int
+TILE_WORDS: int
 
 class Layout:
     cluster: int

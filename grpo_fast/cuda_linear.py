@@ -87,7 +87,9 @@ class Product:
     def exponentials(self) -> _C.Exponentials:
         """As kernels take them."""
         first, rest, *_ = *((part.data_ptr(), part.stride(0)) for part in self.memory), (0, 0), (0, 0)
-        split = self.memory[0].size(1) if len(self.memory) > 1 else -(-self.weight.size(0) // 256) * 256
+        split = -(-self.weight.size(0) // _C.TILE_WORDS) * _C.TILE_WORDS  # no rest
+        if len(self.memory) > 1:
+            split = self.memory[0].size(1)
         return _C.Exponentials(first=first, rest=rest, split=split, bases=address(self.bases))
 
     def statistics(self) -> tuple[int, int, int]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +11,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from conftest import DEVICE, KERNELS, rand
+from linear_stand_in import with_stand_in
 
 from grpo_fast.ops import _ahead, _linear_token_loss, _workspace
 from grpo_fast.ops._linear_token_loss import cross_entropy_rows
-from grpo_fast.ops._row_kernels import LinearKernels, RowKernels, row_kernels
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_buffers"),
@@ -35,90 +33,13 @@ SLOPE = 1.2 / 0.9  # logit scale by temperature
 ROOM = N * (2 * V + 8 * H)
 
 
-@dataclass
-class Product:
-    """Log-probs of all words, of rows that count, and where probabilities in bfloat16 are."""
-
-    log_p: Tensor
-    index: Tensor
-    memory: tuple[Tensor, ...]
-
-    def __getitem__(self, rows: slice) -> Product:
-        return Product(self.log_p[rows], self.index[rows], tuple(part[rows] for part in self.memory))
-
-
-@dataclass
-class Left:
-    """What the gradient is made of, and the weights of the rows' losses."""
-
-    product: Product
-    weights: Tensor
-
-    def gradient(self) -> None:
-        memory = self.product.memory
-        p = torch.cat(memory, 1).float()
-        gradient = SLOPE * self.weights[:, None] * (p - torch.nn.functional.one_hot(self.product.index, V))
-        gradient = gradient.masked_fill(self.weights[:, None] == 0, 0.0)
-        for part, words in zip(memory, gradient.split([x.size(1) for x in memory], 1), strict=True):
-            part.copy_(words)
-
-
-def takes(hidden: Tensor, weight: Tensor) -> bool:
-    return all(x.stride(0) % 8 == 0 and x.stride(0) >= x.size(1) for x in (hidden, weight))
-
-
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """How many rows each product is launched for, and how many of them count."""
     found: list[tuple[int, int]] = []
-
-    def product(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        *,
-        temperature: float,
-        logit_scale: float,
-        softcap: float | None,
-        memory: tuple[Tensor, ...] = (),
-        counted: Tensor | None = None,
-    ) -> Product:
-        assert bias is None
-        assert softcap is None
-        assert takes(hidden, weight)
-        rows = hidden.size(0)
-        assert rows > 0
-        count = rows if counted is None else min(int(counted), rows)
-        found.append((rows, count))
-        log_p = (hidden.float() @ weight.float().T * (logit_scale / temperature)).log_softmax(-1)
-        log_p[count:] = math.nan
-        for part, words in zip(
-            memory, log_p.exp().split([x.size(1) for x in memory], 1) if memory else (), strict=True
-        ):
-            part[:count] = words[:count].to(part.dtype)
-        return Product(log_p, index, memory)
-
-    def loss_rows(
-        results: list[Tensor], product: Product, kept: Tensor | None, *inputs: Any, **_: Any
-    ) -> Left | None:
-        *_, weights, _ = inputs
-        counts = torch.ones_like(weights, dtype=torch.bool) if kept is None else kept
-        logp = product.log_p.gather(1, product.index[:, None]).squeeze(1)
-        assert logp[counts].isfinite().all(), "of a row that did not count"
-        entropy = -(product.log_p.exp() * product.log_p).sum(-1)
-        for result, values in zip(
-            results, (logp, entropy, -logp * weights, *3 * [torch.zeros_like(logp)]), strict=True
-        ):
-            result.copy_(values.where(counts, 0.0))
-        return Left(product, weights.where(counts, 0.0)) if product.memory else None
-
-    linear = LinearKernels(takes, product, loss_rows, *4 * [None])  # type: ignore[arg-type]
-
-    def stand_in(impl: str) -> RowKernels:
-        return row_kernels("triton")._replace(linear=linear)
-
-    monkeypatch.setattr(_linear_token_loss, "row_kernels", stand_in)
+    monkeypatch.setattr(
+        _linear_token_loss, "row_kernels", with_stand_in(lambda rows, count: found.append((rows, count)))
+    )
     return found
 
 

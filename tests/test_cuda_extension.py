@@ -16,6 +16,7 @@ if backend.EXTENSION is None:
 import torch
 
 from grpo_fast import _C, cuda
+from grpo_fast.ops import _workspace
 
 FLOAT32, BFLOAT16, FLOAT64, INT64 = (
     cuda.DTYPES[d] for d in (torch.float32, torch.bfloat16, torch.float64, torch.int64)
@@ -141,6 +142,10 @@ def test_exponentials() -> None:
             _C.Exponentials(**{**halves, **changes})
     with pytest.raises(ValueError, match="split: got 520, want a multiple of 256 words"):
         _C.Exponentials(**{**halves, "split": 520})
+
+
+def test_words_in_two_places_are_split_between_tiles() -> None:
+    assert _workspace.TILE_WORDS == _C.TILE_WORDS
 
 
 def test_the_words_are_shared_out_evenly() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,10 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 pytest.importorskip("triton")
 
 from conftest import DEVICE, KERNELS, rand
+from linear_stand_in import with_stand_in
 
 from grpo_fast import linear_selective_log_softmax
 from grpo_fast.ops import _chunks, _linear_logps, _workspace
-from grpo_fast.ops._row_kernels import LinearKernels, RowKernels, row_kernels
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_buffers"),
@@ -34,126 +33,11 @@ OPTIONS: dict[str, Any] = {"temperature": 0.9, "logit_scale": 1.2}
 ROOM = N * (2 * V + 8 * H)
 
 
-@dataclass
-class Product:
-    """Log-probs of all words, and where probabilities in bfloat16 are."""
-
-    log_p: Tensor | None
-    shift: Tensor | None
-    index: Tensor
-    memory: tuple[Tensor, ...]
-    bases: Tensor | None
-
-
-@dataclass
-class Left:
-    """Probabilities in bfloat16, in ``memory``, and what flows back."""
-
-    memory: tuple[Tensor, ...]
-    index: Tensor
-    counts: Tensor | None
-    entropy: Tensor | None
-    d_logps: Tensor
-    d_entropy: Tensor | None
-
-    def gradient(self, which: Tensor | None = None) -> None:
-        assert which is None
-        p = torch.cat(self.memory, 1).float()
-        at = torch.nn.functional.one_hot(self.index, p.size(1))
-        gradient = self.d_logps[:, None] * (at - p)
-        if self.d_entropy is not None:
-            assert self.entropy is not None
-            gradient -= self.d_entropy[:, None] * (p * p.log().clamp(min=-1e4) + p * self.entropy[:, None])
-        zero = self.d_logps == 0 if self.d_entropy is None else (self.d_logps == 0) & (self.d_entropy == 0)
-        if self.counts is not None:
-            zero = zero | ~self.counts
-        gradient *= OPTIONS["logit_scale"] / OPTIONS["temperature"]
-        gradient = gradient.masked_fill(zero[:, None], 0.0)
-        for part, words in zip(self.memory, gradient.split([x.size(1) for x in self.memory], 1), strict=True):
-            part.copy_(words)
-
-
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each product for logits has."""
+    """How many rows count in each product for logits."""
     found: list[int] = []
-
-    def product(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        *,
-        temperature: float,
-        logit_scale: float,
-        softcap: float | None,
-        memory: tuple[Tensor, ...] = (),
-        bases: Tensor | None = None,
-        counted: Tensor | None = None,
-    ) -> Product:
-        assert softcap is None or not memory
-        if bases is not None:
-            assert torch.equal(bases, index.to(bases.dtype))
-            return Product(None, None, index, memory, bases)
-        found.append(hidden.size(0) if counted is None else int(counted.clamp(0, hidden.size(0))))
-        logits = hidden.float() @ weight.float().T
-        if bias is not None:
-            logits += bias.float()
-        logits *= logit_scale / temperature
-        log_p, shift = logits.log_softmax(-1), logits.logsumexp(-1) / math.log(2.0)
-        if counted is not None:
-            log_p[found[-1] :] = math.nan
-        for part, words in zip(
-            memory, log_p.exp().split([x.size(1) for x in memory], 1) if memory else (), strict=True
-        ):
-            part.copy_(words)
-        return Product(log_p, shift, index, memory, index.to(torch.float32) if memory else None)
-
-    def logps(product: Product, return_entropy: bool) -> tuple[Tensor, ...]:
-        log_p, shift = product.log_p, product.shift
-        assert log_p is not None
-        assert shift is not None
-        entropy = -(log_p.exp() * log_p).sum(-1) if return_entropy else log_p.new_empty(0)
-        chosen = log_p.gather(1, product.index[:, None]).squeeze(1)
-        return chosen, entropy, shift, torch.ones_like(shift)
-
-    def exponentials(
-        product: Product,
-        counts: Tensor | None,
-        logp: Tensor,
-        entropy: Tensor | None,
-        shift: Tensor,
-        total: Tensor,
-        d_logps: Tensor,
-        d_entropy: Tensor | None,
-    ) -> Left:
-        return Left(product.memory, product.index, counts, entropy, d_logps, d_entropy)
-
-    def logps_backward(
-        memory: tuple[Tensor, ...],
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        *saved: Any,
-        **options: Any,
-    ) -> None:
-        exponentials(product(hidden, weight, bias, index, memory=memory, **options), *saved).gradient()
-
-    linear = LinearKernels(
-        takes=lambda hidden, weight: hidden.stride(0) % 8 == weight.stride(0) % 8 == 0,
-        product=product,
-        loss_rows=None,  # type: ignore[arg-type]
-        logps=logps,
-        exponentials=exponentials,
-        logps_backward=logps_backward,
-        sum_of_rows=None,  # type: ignore[arg-type]
-    )
-
-    def stand_in(impl: str) -> RowKernels:
-        return row_kernels("triton")._replace(linear=linear)
-
-    monkeypatch.setattr(_linear_logps, "row_kernels", stand_in)
+    monkeypatch.setattr(_linear_logps, "row_kernels", with_stand_in(lambda rows, count: found.append(count)))
     return found
 
 
