@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -213,7 +214,11 @@ def run_until_killed(ranks: Ranks, folder: Path) -> None:
         original(path, value)
 
     checkpoint.write_json = die
-    train(replace(RUN, shard=True), folder)
+    try:
+        train(replace(RUN, shard=True), folder)
+    except RuntimeError:
+        time.sleep(5)  # the other finds the first gone: whose end it was is to be known before
+        raise
 
 
 def refuse(ranks: Ranks, folder: Path) -> None:
