@@ -153,6 +153,7 @@ def _check_number(name: str, value: object, *, optional: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}, want a number{' or None' if optional else ''}")
     bound, inclusive = _LOWER_BOUNDS[name]
-    if not math.isfinite(value) or value < bound or (value == bound and not inclusive):
+    # Not isfinite, which Dynamo cannot ask a number that changes.
+    if not -math.inf < value < math.inf or value < bound or (value == bound and not inclusive):
         want = "a finite number" + (f" {'>=' if inclusive else '>'} {bound:g}" if math.isfinite(bound) else "")
         raise ValueError(f"{name}: got {value}, want {want}")

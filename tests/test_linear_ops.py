@@ -40,6 +40,7 @@ def ids(*shape: int, vocabulary: int = V) -> Tensor:
 
 SEQUENCE = torch.arange(B, device=DEVICE)[:, None]
 EVEN = ids(B, T) % 2 == 0
+ADVANTAGES = rand(B, seed=15)
 HIDDEN, WEIGHT, BIAS = rand(B, T, H, seed=1), rand(V, H, seed=2, scale=0.3), rand(V, seed=3, scale=0.5)
 
 
@@ -181,34 +182,39 @@ def test_every_loss(impl: str, loss_type: str, level: str) -> None:
     ],
     ids=lambda changes: ", ".join(changes),
 )
-def test_every_input(changes: dict[str, Any]) -> None:
-    check_loss(batch(**changes), workspace_bytes=THREE_ROWS)
+def test_every_input(impl: str, changes: dict[str, Any]) -> None:
+    check_loss(batch(**changes), impl=impl, workspace_bytes=THREE_ROWS)
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, THREE_ROWS, None])
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float16", "bfloat16 float32", "float32 bfloat16"])
-def test_dtypes_and_chunks(dtypes: str, workspace_bytes: int | None) -> None:
+def test_dtypes_and_chunks(impl: str, dtypes: str, workspace_bytes: int | None) -> None:
     """A row or two at a time, a few, or all; in half precision, with a head of another precision too."""
     first, *second = (getattr(torch, name) for name in dtypes.split())
     # As narrow, because what a rounded gradient of the weight takes is used whatever the workspace.
     leaves = HIDDEN[..., :4].to(first), WEIGHT[:, :4].contiguous().to(second[0] if second else first)
     with counted() as count:
-        check_loss(batch(config=GRPOLossConfig(beta=0.1)), leaves, workspace_bytes=workspace_bytes)
+        check_loss(batch(config=GRPOLossConfig(beta=0.1)), leaves, impl=impl, workspace_bytes=workspace_bytes)
     assert sum(count.d_weight) == MASK.sum()
     assert workspace_bytes != 1 or max(count.d_weight) <= 2
     assert workspace_bytes is not None or len(count.d_weight) == 1
 
 
-def test_gradients_of_a_mean_over_many_tokens_do_not_underflow_in_float16() -> None:
+@pytest.mark.parametrize("advantage", [None, 1e-5, 1e5])
+def test_gradients_of_a_mean_over_many_tokens_do_not_underflow_in_float16(impl: str, advantage: float | None) -> None:
     inputs = batch(num_items_in_batch=1e7, old_logps=None)
-    check_loss(inputs, (HIDDEN.half(), WEIGHT.half()), upstream=2.0**20, workspace_bytes=THREE_ROWS)
+    if advantage is not None:  # of any size; what is masked may hold anything
+        advantages = (advantage * rand(B, T, seed=8)).where(MASK, math.inf)
+        inputs = batch(advantages=advantages, rewards=None, group_size=None, ref_logps=None)
+    upstream = 2.0**20 if advantage is None else 1.0 / advantage
+    check_loss(inputs, (HIDDEN.half(), WEIGHT.half()), impl=impl, upstream=upstream, workspace_bytes=THREE_ROWS)
 
 
 @pytest.mark.parametrize("vocabulary", [2, 7, 1_000])
-def test_vocabularies(vocabulary: int) -> None:
+def test_vocabularies(impl: str, vocabulary: int) -> None:
     weight = rand(vocabulary, H, seed=2).bfloat16()
     inputs = batch(completion_ids=ids(B, T, vocabulary=vocabulary), old_logps=None, ref_logps=None)
-    check_loss(inputs, (HIDDEN.bfloat16(), weight), workspace_bytes=vocabulary * 6 * 4)
+    check_loss(inputs, (HIDDEN.bfloat16(), weight), impl=impl, workspace_bytes=vocabulary * 6 * 4)
 
 
 def test_peaked_rows_are_exact(impl: str) -> None:
@@ -229,7 +235,7 @@ def test_peaked_rows_are_exact(impl: str) -> None:
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_packed(loss_type: str, masked: bool) -> None:
+def test_packed(impl: str, loss_type: str, masked: bool) -> None:
     """Sequences of lengths 5, 0, 7 and 6, and two rows of padding at the end."""
     per_token = {
         "completion_ids": ids(20),
@@ -241,12 +247,13 @@ def test_packed(loss_type: str, masked: bool) -> None:
     }
     inputs = batch(**per_token, config=GRPOLossConfig(beta=0.1, loss_type=loss_type))
     for allow_sync in (True, False):
-        check_loss(inputs, (HIDDEN.view(20, H), WEIGHT), workspace_bytes=THREE_ROWS, allow_sync=allow_sync)
+        options: dict[str, Any] = {"impl": impl, "workspace_bytes": THREE_ROWS, "allow_sync": allow_sync}
+        check_loss(inputs, (HIDDEN.view(20, H), WEIGHT), **options)
 
 
 @pytest.mark.parametrize("kind", ["slice", "transposed", "one row", "no rows", "no tokens"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_layouts(kind: str, masked: bool) -> None:
+def test_layouts(impl: str, kind: str, masked: bool) -> None:
     base = rand(B, T + 4, H, seed=10)
     hidden = {
         "slice": base[:, 3:-1],
@@ -259,7 +266,7 @@ def test_layouts(kind: str, masked: bool) -> None:
     inputs = {"completion_ids": ids(b, t), "rewards": rand(b, seed=1), "group_size": 1 if b < B else 2}
     if masked:
         inputs["completion_mask"] = ids(b, t) % 2 == 0
-    check_loss(inputs, (hidden, WEIGHT), workspace_bytes=THREE_ROWS)
+    check_loss(inputs, (hidden, WEIGHT), impl=impl, workspace_bytes=THREE_ROWS)
 
 
 @pytest.mark.parametrize("allow_sync", [True, False])
@@ -324,8 +331,8 @@ def test_products_of_what_is_frozen_are_not_done(impl: str, frozen: str, level: 
 def test_dead_rows(impl: str, changes: dict[str, Any], live: Tensor, metrics: str) -> None:
     """They get a log-prob and no gradient's products; with ``metrics="active"`` not even that."""
     inputs = batch(**changes)
-    for impl in IMPLS:
-        out, grads = check_loss(inputs, workspace_bytes=THREE_ROWS, metrics=metrics, impl=impl)
+    for each in ("torch", impl):
+        out, grads = check_loss(inputs, workspace_bytes=THREE_ROWS, metrics=metrics, impl=each)
         shown = MASK if metrics == "all" else live
         assert torch.equal(out.logps != 0, shown)
         assert out.metrics["num_active_tokens"] == shown.sum()
@@ -374,6 +381,10 @@ def test_reference_model_in_the_same_call(impl: str, level: str) -> None:
     torch.testing.assert_close(out.metrics["kl"], same.metrics["kl"])
     torch.testing.assert_close(grads, same_grads)
     assert not reference["ref_weight"].requires_grad
+    if impl != "torch":
+        doubles = {k: v.double() for k, v in reference.items() if k != "ref_bias"}
+        with pytest.raises((RuntimeError, ValueError), match="float64"):
+            linear_grpo_loss(HIDDEN, WEIGHT, **inputs, **doubles)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -447,6 +458,52 @@ def test_one_backward_only(impl: str) -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("op", ["loss", "cross entropy", "frozen head", "log-probs"])
+def test_one_derivative_only(impl: str, op: str) -> None:
+    """A graph of the first may be asked for; a second derivative is an error, not less by a part of it."""
+    hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_(op == "log-probs")
+    if op == "loss":
+        value = linear_grpo_loss(hidden, weight, **batch(), impl=impl).loss
+    elif op == "cross entropy":
+        value = linear_cross_entropy(hidden, weight, ids(B, T), impl=impl)
+    else:
+        value = linear_selective_log_softmax(hidden, weight, ids(B, T), impl=impl).sum()
+    (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|autograd formula"):
+        (gradient.square().sum() + hidden.square().sum()).backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["num_items_in_batch", "temperature", "length"])
+def test_compiled_while_numbers_change(impl: str, name: str) -> None:
+    """Without a graph break, and for what changes in every step with no more than one graph more."""
+    torch._dynamo.reset()
+    graphs = 0
+
+    def backend(module: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(module, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+
+    def value(h: Tensor, index: Tensor, changing: dict[str, Any]) -> Tensor:
+        return linear_grpo_loss(h, WEIGHT, index, advantages=ADVANTAGES, impl=impl, **changing).loss
+
+    compiled = torch.compile(value, fullgraph=True, backend=backend)
+    for number in (3, 4, 5, 7):
+        length = number if name == "length" else T
+        changing = {} if name == "length" else {name: number if name == "num_items_in_batch" else 0.25 * number}
+        runs = []
+        for fn in (value, compiled):
+            hidden = rand(B, length, H, seed=14).requires_grad_()
+            loss = fn(hidden, ids(B, length), changing)
+            runs.append((loss, *torch.autograd.grad(loss, hidden)))
+        torch.testing.assert_close(*runs)
+    if name != "temperature":  # which is a constant of the kernels' ops
+        assert graphs <= 2
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -709,16 +766,39 @@ def test_cross_entropy_divisors_and_corners(impl: str) -> None:
 
 
 @on_gpu
-def test_in_a_cuda_graph() -> None:
-    """The same bits as outside of one, where no more may be known of the mask than there."""
-    hidden, weight = (x.bfloat16().requires_grad_() for x in (HIDDEN, WEIGHT))
-    inputs = batch(config=GRPOLossConfig(beta=0.1), workspace_bytes=THREE_ROWS)
+@pytest.mark.parametrize("op", ["loss", "of sequences", "into a buffer", "cross entropy", "log-probs", "frozen head"])
+def test_in_a_cuda_graph(impl: str, op: str) -> None:
+    """The same bits as outside of one, where no more may be known of the mask than there; and nothing is read."""
+    hidden, weight = HIDDEN.bfloat16().requires_grad_(), WEIGHT.bfloat16().requires_grad_(op != "frozen head")
+    level: Any = "sequence" if op == "of sequences" else "token"
+    inputs = batch(config=GRPOLossConfig(beta=0.1, importance_sampling_level=level))
+    index, labels = ids(B, T), ids(B, T).where(MASK, -100)
+    buffer = torch.zeros(V, H, device=DEVICE)
 
     def step(allow_sync: bool = True) -> tuple[Tensor, ...]:
-        loss = linear_grpo_loss(hidden, weight, **inputs, allow_sync=allow_sync).loss
-        return loss, *torch.autograd.grad(loss, (hidden, weight))
+        options: dict[str, Any] = {"workspace_bytes": THREE_ROWS, "allow_sync": allow_sync, "impl": impl}
+        leaves = [x for x in (hidden, weight) if x.requires_grad]
+        if op in ("loss", "of sequences"):
+            value = linear_grpo_loss(hidden, weight, **inputs, **options).loss
+        elif op == "into a buffer":
+            buffer.zero_()
+            value = linear_grpo_loss(hidden, weight, **inputs, **options, weight_grad_out=buffer).loss
+            return value, buffer.clone(), *torch.autograd.grad(value, leaves[:1])
+        elif op == "cross entropy":
+            value = linear_cross_entropy(hidden, weight, labels, **options)
+        else:
+            logps = linear_selective_log_softmax(hidden, weight, index, mask=MASK, **options)
+            assert isinstance(logps, Tensor)
+            value = logps.square().sum()
+        return value, *torch.autograd.grad(value, leaves)
 
     step()  # compiled before the capture
+    step(allow_sync=False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(allow_sync=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step()

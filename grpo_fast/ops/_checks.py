@@ -76,7 +76,7 @@ def check_positive(name: str, value: object) -> None:
     """Check a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}, want a number")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # not isfinite, which Dynamo cannot ask a number that changes
         raise ValueError(f"{name}: got {value}, want a finite number > 0")
 
 

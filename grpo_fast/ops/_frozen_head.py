@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from grpo_fast.ops._library import differentiable_once
 from grpo_fast.ops._linear_token_loss import cross_entropy_rows
 from grpo_fast.ops._rows import as_rows
 
@@ -57,7 +57,7 @@ class _RowGradientsFunction(torch.autograd.Function):
         return -losses
 
     @staticmethod
-    @once_differentiable  # the gradient depends on the hidden states too
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
         (gradient,) = ctx.saved_tensors
         factor = -upstream.view(*gradient.shape[:-1], 1)

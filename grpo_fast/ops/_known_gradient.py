@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._library import overwritten, plain_op
+from grpo_fast.ops._library import differentiable_once, overwritten, plain_op
 from grpo_fast.ops._row_kernels import row_kernels
 from grpo_fast.ops._rows import as_rows
 
@@ -27,6 +27,7 @@ class KnownGradientFunction(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None, None]
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):

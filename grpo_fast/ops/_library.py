@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def plain_op(
@@ -45,6 +46,22 @@ def gradient_buffer(x: Tensor) -> Tensor:
     stride_t = V + (x.stride(1) - V) % unit
     stride_b = T * stride_t + (x.stride(0) - T * stride_t) % unit
     return x.new_empty(offset + B * stride_b).as_strided((B, T, V), (stride_b, stride_t, 1), offset)
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable``, for gradients that depend on the inputs too.
+
+    Torch's own makes a second derivative an error where it would pass the upstream gradient. With a constant one, as
+    of a loss, it gives a constant, and the second derivative would lack this part of it unseen.
+    """
+    once = once_differentiable(backward)
+
+    def wrapper(ctx: Any, *upstream: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a graph of the derivative was asked for
+            upstream = tuple(x.detach().requires_grad_() for x in upstream)
+        return once(ctx, *upstream)
+
+    return wrapper
 
 
 def overwritten(x: Tensor) -> None:

@@ -96,8 +96,10 @@ def linear_token_loss(
         choice = Choice.begin(index.numel(), mask, live, gradient=any(wants), wait=may_wait(allow_sync, hidden))
         scale = None
         if torch.promote_types(hidden.dtype, weight.dtype) == torch.float16 and token_weights.numel() > 0:
-            # A weight of 1 in many tokens would underflow: the largest is brought to between 1 and 2.
-            scale = torch.exp2(-token_weights.amax().clamp(min=1e-30).log2().floor())
+            # One in many tokens, or a small advantage, would underflow: the largest is brought to between 1 and 2.
+            sizes = token_weights * (advantages.abs() + (beta + abs(entropy_coef)))
+            largest = sizes.nan_to_num(0.0, 0.0, 0.0).amax().clamp(min=1e-30)
+            scale = torch.exp2(-largest.log2().floor())
             token_weights = token_weights * scale
             entropy_items = None if entropy_items is None else entropy_items / scale
         logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)

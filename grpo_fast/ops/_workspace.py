@@ -201,6 +201,6 @@ def check_workspace(workspace_bytes: object) -> int:
         return WORKSPACE_BYTES
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes: got {workspace_bytes!r}, want an int or None")
-    if workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes: got {workspace_bytes}, want at least 1")
+    if not 1 <= workspace_bytes < 2**63:
+        raise ValueError(f"workspace_bytes: got {workspace_bytes}, want at least 1, and less than 2**63")
     return workspace_bytes

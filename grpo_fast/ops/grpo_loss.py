@@ -70,8 +70,9 @@ def grpo_loss(
             sampler that differs from the old policy.
         entropy_mask: (token); the policy term and the entropy bonus act only where it is 1 (arXiv 2506.01939).
         entropy_threshold: The same by value: tokens of at least this entropy, in nats. A number or a 0-d tensor.
-        num_items_in_batch: What ``dapo``, ``cispo`` and ``vespo`` divide by, a number or a 0-d tensor; None takes
-            the tokens that count in this batch, which are those of this process alone.
+        num_items_in_batch: What ``dapo``, ``cispo`` and ``vespo`` divide by, a number or a 0-d tensor, of which
+            less than 1 counts as 1; None takes the tokens that count in this batch, which are those of this process
+            alone.
         temperature, logit_scale, softcap: As in ``selective_log_softmax``.
         overwrite_logits: Write the gradient over the logits, which saves a buffer as large. Their values are gone
             when this returns, or, for losses that need a whole sequence first, after the backward; with nothing to

@@ -85,9 +85,7 @@ def linear_distillation_loss(
     check_logits_options(temperature, student_logit_scale, student_softcap, of="student_")
     check_logits_options(temperature, teacher_logit_scale, teacher_softcap, of="teacher_")
     workspace = check_workspace(workspace_bytes)
-    precision = most_precise(
-        most_precise(student_hidden, student_weight), most_precise(teacher_hidden, teacher_weight)
-    )
+    precision = most_precise(student_hidden, student_weight, teacher_hidden, teacher_weight)
     implementation = backend.choose("linear_distillation_loss", impl, precision)
 
     options: dict[str, Any] = dict(

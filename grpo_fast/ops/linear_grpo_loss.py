@@ -91,11 +91,15 @@ def linear_grpo_loss(
             are 0, and the metrics are over the other tokens. The loss is the same.
         weight_grad_out: (V, H) float32 that the weight's gradient is added to, without a rounding, in place of
             ``weight.grad``. That happens in the forward, so the loss must be scaled by its own options
-            (``num_items_in_batch``): an upstream gradient other than 1 is an error on the device. Kernels only.
+            (``num_items_in_batch``): an upstream gradient other than 1 is an error on the device; and where
+            activations are recomputed, what calls this must not be, or it is added twice. Only kernels, and only
+            losses that follow from a token's own logits. A frozen ``weight`` adds nothing.
         workspace_bytes: What the call may take beyond its inputs, the gradients and up to 300 numbers a token; None
             is 2 GiB. It is never less than 4 V H + 8 H^2, what the gradient of a bfloat16 ``weight`` takes in
             float32, where it is added up if not all tokens fit at once, and some hidden states; unless ``weight`` is
             frozen or ``weight_grad_out`` given. Weights of another precision than the products are copied beside it.
+            In float16 the gradients stay in float32 until the backward knows the scale of the loss, and are rounded
+            there: for a moment a weight's takes 6 V H.
             The ``"torch"`` implementation has chunks of its own.
         allow_sync: The host waits for the GPU to learn how many tokens count. If it may not, or while a CUDA graph is
             captured, every token is projected; the result is the same.
@@ -148,7 +152,9 @@ def linear_grpo_loss(
     check_logits_options(temperature, logit_scale, softcap)
     check_choice("metrics", metrics, get_args(Metrics))
     workspace = check_workspace(workspace_bytes)
-    implementation = backend.choose("linear_grpo_loss", impl, most_precise(hidden, weight))
+    reference = (ref_hidden, ref_weight) if config.beta != 0.0 else ()
+    precision = most_precise(hidden, weight, *(x for x in reference if x is not None))
+    implementation = backend.choose("linear_grpo_loss", impl, precision)
     fused = implementation != "torch" and group is None and batch.is_known_by_token()
     check_weight_grad_out(shapes, weight_grad_out, possible=fused)
     check_sparse_grad_tol(

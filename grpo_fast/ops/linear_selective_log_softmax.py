@@ -38,9 +38,10 @@ def linear_selective_log_softmax(
     a logit are kept from the forward to the first backward if the workspace holds them all. It computes them again
     nevertheless if that is for less than two thirds of the rows.
 
-    If ``hidden`` alone requires a gradient, with neither ``return_entropy`` nor ``sparse_grad_tol``, the forward
-    makes the log-probs' gradients by it too, with a second product. They are kept, in float32 and as large as
-    ``hidden``, and the backward only scales them, any number of times, but not for a second derivative.
+    If ``hidden`` alone requires a gradient, with neither ``return_entropy`` nor ``sparse_grad_tol`` nor
+    ``process_group``, the kernels' forward makes the log-probs' gradients by it too, with a second product. They are
+    kept, in float32 and as large as ``hidden``, and the backward only scales them, any number of times, but not for a
+    second derivative.
 
     Args:
         hidden: (..., H) float, the states that the head turns into logits.
@@ -125,6 +126,6 @@ def check_head(
     check_vocabulary(shapes.dims["V"], group)
 
 
-def most_precise(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Whichever of the two fixes the precision of the logits."""
-    return weight if weight.dtype == torch.float64 else hidden
+def most_precise(first: Tensor, *others: Tensor) -> Tensor:
+    """Whichever fixes the precision of the logits: one in float64, if any is."""
+    return next((x for x in others if x.dtype == torch.float64), first)
