@@ -408,6 +408,11 @@ def test_the_kernels_are_right_where_they_are_timed(suite: Any) -> None:
     records = suite.measure(Timer(runs=2, warmup=1), suite.headline, lambda provider: provider.ours)
     assert records
     assert all("ms" in record and "wrong" not in record for record in records)
+    # What two roundings to bfloat16 make of a gradient, and float32 of a log-prob.
+    at_most = {"d hidden": 2.3e-3, "d weight": 2.3e-3, "log-prob": 3e-5}
+    if suite is bench_linear.BENCHMARK:
+        assert {name for record in records for name in record["errors"]} == at_most.keys()
+        assert all(value < at_most[name] for record in records for name, value in record["errors"].items())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -354,6 +354,136 @@ def test_gradients_that_need_more_digits_keep_the_logits(launches: list[int]) ->
     assert launches == []
 
 
+B, T = 4, 160
+MASK = torch.arange(T) < torch.tensor([160, 1, 90, 120])[:, None]
+FIRST = (torch.arange(T) % 3 == 0).expand(B, T)
+EVERY_OPTION: dict[str, dict[str, Any]] = {
+    **{
+        name: {"config": {"loss_type": name}}
+        for name in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo", "vespo")
+    },
+    **{f"{name}, KL": {"config": {"beta": 0.1, "kl_estimator": name}} for name in ("k1", "k2", "k3")},
+    "cispo": {"config": {"loss_type": "cispo", "epsilon_high": 1.1}},
+    "relative cispo": {"config": {"loss_type": "cispo", "epsilon_high": 0.1, "cispo_bounds": "relative"}},
+    "of the sequence": {"config": {"importance_sampling_level": "sequence", "beta": 0.1}},
+    "KL times the ratio": {"config": {"beta": 0.1, "use_bias_correction_kl": True}},
+    "delta, dual clip": {"config": {"delta": 1.2, "dual_clip": 1.1, "epsilon_low": 0.1, "epsilon_high": 0.3}},
+    "no old policy": {"old_logps": None, "config": {"beta": 0.1}},
+    "sampler ratio": {"importance_sampling_ratio": FIRST * 0.5 + 0.7},
+    "sampler ratio of sequences": {"importance_sampling_ratio": torch.tensor([0.5, 1.0, 1.5, 2.0])},
+    "entropy bonus": {"config": {"entropy_coef": 0.1}},
+    "entropy mask": {"entropy_mask": FIRST, "config": {"entropy_coef": 0.1}},
+    "entropy threshold": {"entropy_threshold": 3.0},
+    "entropy threshold, bonus": {"entropy_threshold": 3.0, "config": {"entropy_coef": 0.1}},
+    "no mask": {"completion_mask": None},
+    "no waiting": {"allow_sync": False, "config": {"beta": 0.1}},
+    "dead rows": {"advantages": torch.tensor([1.0, -1.0, 0.0, 0.5])},
+    "dead rows left out": {"advantages": torch.tensor([1.0, -1.0, 0.0, 0.5]), "metrics": "active"},
+    "rewards": {"advantages": None, "rewards": torch.tensor([1.0, 0.0, 0.5, 0.25]), "group_size": 2},
+    "items": {"num_items_in_batch": 1_000},
+    "scales": {"logit_scale": 0.7, "temperature": 1.3},
+}
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["one section", "several"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_every_option(name: str, packed: bool, few: bool, launches: list[int]) -> None:
+    """Loss, log-probs, entropy, metrics and gradients; old and reference policies some way off."""
+    hidden, weight, index = inputs(B * T, 5_001, 200)
+    with torch.no_grad():
+        logps = linear_selective_log_softmax(hidden.double(), weight.double(), index, impl="torch")
+    assert isinstance(logps, Tensor)
+    given: dict[str, Any] = {
+        "completion_mask": MASK,
+        "advantages": torch.tensor([1.0, -1.0, 2.0, -0.5]),
+        "old_logps": logps.view(B, T).float() + rand(B, T, seed=7, scale=0.2),
+        "ref_logps": logps.view(B, T).float() + rand(B, T, seed=8, scale=0.3),
+        **EVERY_OPTION[name],
+        "completion_ids": index.view(B, T),
+    }
+    given["config"] = GRPOLossConfig(**given.get("config", {}))
+    if given["config"].loss_type == "dr_grpo":
+        given["config"] = GRPOLossConfig(loss_type="dr_grpo", max_completion_length=T)
+    given = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items() if v is not None}
+    shape: tuple[int, ...] = (B, T)
+    if packed:
+        shape = (B * T,)
+        given = {k: v.flatten() if isinstance(v, Tensor) and v.shape == (B, T) else v for k, v in given.items()}
+        given["cu_seqlens"] = torch.arange(0, B * T + 1, T, device="cuda")
+    runs = []
+    for dtype, how in ((torch.bfloat16, {"workspace_bytes": 2 * 5_008 * 130 if few else None}), (torch.float64, {})):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden.view(*shape, -1), weight)]
+        impl = "cuda" if dtype == torch.bfloat16 else "torch"
+        out = linear_grpo_loss(*leaves, **given, **how, impl=impl)
+        runs.append((out, torch.autograd.grad(out.loss, leaves)))
+    assert launches
+    (got, gradients), (truth, true_gradients) = runs
+    for field in ("loss", "logps", "entropy"):
+        x, y = getattr(got, field), getattr(truth, field)
+        # VESPO's weights are exponentials of sums over 160 tokens.
+        rtol = 1e-3 if given["config"].loss_type == "vespo" else 1e-5
+        torch.testing.assert_close(x.double(), y, rtol=rtol, atol=5e-5)
+    assert got.metrics.keys() == truth.metrics.keys()
+    for field, y in truth.metrics.items():
+        torch.testing.assert_close(got.metrics[field].double(), y.double(), rtol=10 * rtol, atol=5e-5)
+    for x, y in zip(gradients, true_gradients, strict=True):
+        error = (x.double() - y).norm() / y.norm()
+        assert error < 2.6e-3, f"{error:.1e}"
+
+
+def test_reference_model_in_the_same_call(launches: list[int]) -> None:
+    """As its log-probs given, to the last bit."""
+    hidden, weight, index = inputs(300, 2_000, 64)
+    ref_hidden, ref_weight, _ = (x.flip(0).contiguous() for x in inputs(300, 2_000, 128))
+    given: dict[str, Any] = {
+        "completion_ids": index[None],
+        "advantages": rand(1, 300, seed=7),
+        "config": GRPOLossConfig(beta=0.1),
+        "impl": "cuda",
+    }
+    logps = linear_selective_log_softmax(ref_hidden[None], ref_weight, index[None], impl="cuda")
+    results = []
+    for reference in ({"ref_hidden": ref_hidden[None], "ref_weight": ref_weight}, {"ref_logps": logps}):
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden[None], weight)]
+        loss = linear_grpo_loss(*leaves, **given, **reference).loss
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results, rtol=0.0, atol=0.0)
+    assert launches == [300] * 4
+
+
+def test_elements_of_the_gradients_are_those_of_logits_in_float32() -> None:
+    """On rows that are nearly sure, at full size: as far from float64, one by one, as torch's over all logits."""
+    count, vocabulary, size = 1_024, 151_936, 2_048
+    weight = (torch.randn(vocabulary, size, device="cuda") / math.sqrt(size)).bfloat16()
+    index = torch.randint(0, vocabulary, (count,), device="cuda")
+    heights = torch.where(torch.rand(count, 1, device="cuda") < 0.8, 28.0, 5.0)
+    hidden = (torch.randn(count, size, device="cuda") + heights * weight[index].float()).bfloat16()
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    advantages = torch.randn(1, count, device="cuda")
+    out = linear_grpo_loss(leaves[0][None], leaves[1], index[None], advantages=advantages, impl="cuda")
+    got = torch.autograd.grad(out.loss, leaves)
+
+    def products(logits: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = logits.softmax(-1)
+        gradient[torch.arange(count), index] = torch.expm1(logits.log_softmax(-1).gather(1, index[:, None])[:, 0])
+        gradient = (gradient * (advantages[0, :, None] / count)).to(x.dtype)
+        return gradient @ w, gradient.T @ x
+
+    truth = products(hidden.double() @ weight.double().T, hidden.double(), weight.double())
+    torchs = products(torch.mm(hidden, weight.T, out_dtype=torch.float32), hidden, weight)
+    for x, y, exact in zip(got, torchs, truth, strict=True):
+        ours, theirs = ((z.double() - exact).abs() for z in (x, y))
+        assert ours.mean() < 1.1 * theirs.mean()
+        assert ours.max() < 1.5 * theirs.max()
+        for row, other in zip(
+            ours.amax(-1).sort().values[:: len(ours) // 16],
+            theirs.amax(-1).sort().values[:: len(ours) // 16],
+            strict=True,
+        ):
+            assert row <= 1.25 * other + 1e-12
+
+
 def test_rows_without_a_gradient(launches: list[int]) -> None:
     """Those of groups with equal rewards are projected for the metrics, and no more."""
     hidden, weight, index = inputs(300, 2_000, 64)
