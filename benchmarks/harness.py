@@ -100,6 +100,7 @@ class Benchmark:
         measure: (timer, case, whether a provider takes part) to the case's records.
         notes: Markdown above the tables of a report: what was measured, and how to read it.
         axes: Fields of the case to draw times and memory against.
+        columns: More cells of a table, by their heads, that follow from a record with a time.
         command: What runs it, if not ``grpo-fast bench NAME``.
     """
 
@@ -112,8 +113,15 @@ class Benchmark:
     measure: Callable[[Timer, Any, Callable[[Provider], bool]], list[Record]]
     title: Callable[[dict[str, Any]], str]
     axes: tuple[str, ...] = ()
+    columns: Callable[[Record], dict[str, str]] | None = None
     device: str = "cuda"
     command: str = ""
+
+    def with_columns(self, records: Sequence[Record]) -> list[Record]:
+        """The records, with the cells that follow from them."""
+        if self.columns is None:
+            return list(records)
+        return [r if "ms" not in r else r | {"columns": self.columns(r) | r.get("columns", {})} for r in records]
 
 
 # Time -------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def measure_cases(
 def show(console: Any, benchmark: Benchmark, records: Sequence[Record]) -> None:
     from rich.table import Table
 
-    for case, task, members in groups(records):
+    for case, task, members in groups(benchmark.with_columns(records)):
         columns = header(members)
         table = Table(title=f"{task}, {benchmark.title(case)}", title_justify="left", title_style="bold")
         for i, name in enumerate(columns):

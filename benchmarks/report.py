@@ -155,7 +155,8 @@ def write_report(benchmarks: dict[str, Benchmark], files: Sequence[Path], page: 
     parts = [HEAD.format(files=shown, page=page.name)]
     for file in files:
         content = load(file)
-        benchmark, records = benchmarks[content["benchmark"]], content["records"]
+        benchmark = benchmarks[content["benchmark"]]
+        records = benchmark.with_columns(content["records"])
         parts += [_section(benchmark, content, relative(file, page))]
         for name, picture in plots(benchmark, records, page.with_suffix("") / file.stem):
             parts.append(f"![{name}]({relative(picture, page)})")
