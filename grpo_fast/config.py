@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -154,6 +155,6 @@ def _check_number(name: str, value: object, *, optional: bool) -> None:
         raise TypeError(f"{name}: got {value!r}, want a number{' or None' if optional else ''}")
     bound, inclusive = _LOWER_BOUNDS[name]
     # Not isfinite, which Dynamo cannot ask a number that changes.
-    if not -math.inf < value < math.inf or value < bound or (value == bound and not inclusive):
+    if not -sys.float_info.max <= value <= sys.float_info.max or value < bound or (value == bound and not inclusive):
         want = "a finite number" + (f" {'>=' if inclusive else '>'} {bound:g}" if math.isfinite(bound) else "")
         raise ValueError(f"{name}: got {value}, want {want}")

@@ -22,6 +22,7 @@ from grpo_fast import (
     linear_cross_entropy,
     linear_grpo_loss,
     linear_selective_log_softmax,
+    selective_log_softmax,
 )
 from grpo_fast.ops import _chunks, _products
 
@@ -41,6 +42,7 @@ def ids(*shape: int, vocabulary: int = V) -> Tensor:
 SEQUENCE = torch.arange(B, device=DEVICE)[:, None]
 EVEN = ids(B, T) % 2 == 0
 ADVANTAGES = rand(B, seed=15)
+ENTROPY = GRPOLossConfig(entropy_coef=1e-3)
 HIDDEN, WEIGHT, BIAS = rand(B, T, H, seed=1), rand(V, H, seed=2, scale=0.3), rand(V, seed=3, scale=0.5)
 
 
@@ -200,14 +202,35 @@ def test_dtypes_and_chunks(impl: str, dtypes: str, workspace_bytes: int | None) 
     assert workspace_bytes is not None or len(count.d_weight) == 1
 
 
-@pytest.mark.parametrize("advantage", [None, 1e-5, 1e5])
-def test_gradients_of_a_mean_over_many_tokens_do_not_underflow_in_float16(impl: str, advantage: float | None) -> None:
-    inputs = batch(num_items_in_batch=1e7, old_logps=None)
-    if advantage is not None:  # of any size; what is masked may hold anything
-        advantages = (advantage * rand(B, T, seed=8)).where(MASK, math.inf)
-        inputs = batch(advantages=advantages, rewards=None, group_size=None, ref_logps=None)
-    upstream = 2.0**20 if advantage is None else 1.0 / advantage
-    check_loss(inputs, (HIDDEN.half(), WEIGHT.half()), impl=impl, upstream=upstream, workspace_bytes=THREE_ROWS)
+@pytest.mark.parametrize(
+    ("changes", "upstream"),
+    [
+        ({"num_items_in_batch": 1e7, "old_logps": None}, 2.0**20),
+        ({"advantages": 1e-5 * rand(B, T, seed=8).where(MASK, math.inf)}, 1e5),
+        ({"advantages": 1e5 * rand(B, T, seed=8)}, 1e-5),
+        ({"advantages": 1e-3 * rand(B, T, seed=8), "num_items_in_batch": 1e7, "config": ENTROPY}, 2.0**12),
+        ({"advantages": torch.zeros(B, T, device=DEVICE), "num_items_in_batch": 1e7, "config": ENTROPY}, 2.0**12),
+        ({"advantages": torch.where(EVEN, 1e9, 1.0), "entropy_mask": ~EVEN}, 1.0),
+        ({"advantages": torch.where(EVEN, 1e9, 1.0), "importance_sampling_ratio": (~EVEN).float()}, 1.0),
+    ],
+    ids=["many tokens", "small", "large", "small, entropy", "none, entropy", "out of the entropy mask", "ratio 0"],
+)
+def test_gradients_neither_underflow_nor_overflow_in_float16(
+    impl: str, changes: dict[str, Any], upstream: float
+) -> None:
+    """Whatever else the batch holds."""
+    if "advantages" in changes:
+        changes = {"rewards": None, "group_size": None, "ref_logps": None, **changes}
+    leaves = HIDDEN.half(), WEIGHT.half()
+    check_loss(batch(**changes), leaves, impl=impl, upstream=upstream, workspace_bytes=THREE_ROWS)
+
+
+def test_no_gradient_leaves_a_buffer_alone_in_float16(impl: str) -> None:
+    hidden, weight = (x.half().requires_grad_() for x in (HIDDEN, WEIGHT))
+    buffer = torch.full((V, H), 1e30, device=DEVICE)
+    inputs = batch(rewards=torch.ones(B, device=DEVICE), impl=impl)
+    linear_grpo_loss(hidden, weight, **inputs, weight_grad_out=buffer).loss.backward()
+    assert (buffer == torch.full_like(buffer, 1e30)).all()
 
 
 @pytest.mark.parametrize("vocabulary", [2, 7, 1_000])
@@ -460,7 +483,7 @@ def test_one_backward_only(impl: str) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("op", ["loss", "cross entropy", "frozen head", "log-probs"])
+@pytest.mark.parametrize("op", ["loss", "cross entropy", "frozen head", "log-probs", "logits"])
 def test_one_derivative_only(impl: str, op: str) -> None:
     """A graph of the first may be asked for; a second derivative is an error, not less by a part of it."""
     hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_(op == "log-probs")
@@ -468,6 +491,10 @@ def test_one_derivative_only(impl: str, op: str) -> None:
         value = linear_grpo_loss(hidden, weight, **batch(), impl=impl).loss
     elif op == "cross entropy":
         value = linear_cross_entropy(hidden, weight, ids(B, T), impl=impl)
+    elif op == "logits":
+        logps = selective_log_softmax(hidden @ weight.T, ids(B, T), impl=impl)
+        assert isinstance(logps, Tensor)
+        value = logps.sum()
     else:
         value = linear_selective_log_softmax(hidden, weight, ids(B, T), impl=impl).sum()
     (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)

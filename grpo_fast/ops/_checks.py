@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def check_positive(name: str, value: object) -> None:
     """Check a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}, want a number")
-    if not 0 < value < math.inf:  # not isfinite, which Dynamo cannot ask a number that changes
+    if not 0 < value <= sys.float_info.max:  # not isfinite, which Dynamo cannot ask a number that changes
         raise ValueError(f"{name}: got {value}, want a finite number > 0")
 
 

@@ -56,9 +56,9 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
     once = once_differentiable(backward)
 
-    def wrapper(ctx: Any, *upstream: Tensor) -> Any:
+    def wrapper(ctx: Any, *upstream: Tensor | None) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a graph of the derivative was asked for
-            upstream = tuple(x.detach().requires_grad_() for x in upstream)
+            upstream = tuple(x if x is None else x.detach().requires_grad_() for x in upstream)
         return once(ctx, *upstream)
 
     return wrapper

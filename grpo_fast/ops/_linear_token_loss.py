@@ -97,8 +97,13 @@ def linear_token_loss(
         scale = None
         if torch.promote_types(hidden.dtype, weight.dtype) == torch.float16 and token_weights.numel() > 0:
             # One in many tokens, or a small advantage, would underflow: the largest is brought to between 1 and 2.
-            sizes = token_weights * (advantages.abs() + (beta + abs(entropy_coef)))
-            largest = sizes.nan_to_num(0.0, 0.0, 0.0).amax().clamp(min=1e-30)
+            sizes = advantages.abs() if sampler_ratio is None else advantages.abs() * sampler_ratio
+            if entropy_mask is not None:
+                sizes = sizes.where(entropy_mask.bool(), 0.0)
+            largest = (token_weights * (sizes + beta)).nan_to_num(0.0, 0.0, 0.0).amax()
+            if entropy_items is not None:
+                largest = torch.maximum(largest, abs(entropy_coef) / entropy_items)
+            largest = largest.where(largest > 0.0, 1.0).clamp(2.0**-60, 2.0**60)
             scale = torch.exp2(-largest.log2().floor())
             token_weights = token_weights * scale
             entropy_items = None if entropy_items is None else entropy_items / scale

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_fast import backend
 from grpo_fast.ops._checks import IDS, MASKS, Shapes, check_logits_options, check_vocabulary
-from grpo_fast.ops._library import gradient_buffer
+from grpo_fast.ops._library import differentiable_once, gradient_buffer
 from grpo_fast.ops._row_kernels import row_kernels
 from grpo_fast.ops._vocabulary_parallel import (
     local_shards,
@@ -200,6 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.options, ctx.overwrite = (*options, impl, group), overwrite
 
 
+@differentiable_once
 def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     logits, index, mask, logps, entropy, shifts, totals = ctx.saved_tensors
     out = logits.detach() if ctx.overwrite else gradient_buffer(logits)
