@@ -24,10 +24,11 @@ The ceiling is the matrix products alone, in bfloat16 by cuBLAS: three for loss 
 one for log-probs, always over all rows, so that with padding or dead rows (advantage 0, no KL) a time can be below
 it. Inputs are bfloat16. Rows are peaked: logits to 40, and 80 % of the rows nearly sure of their token. Errors are
 against float64: the largest of a log-prob in nats, and, relative in the Frobenius norm, those of the gradients of 64
-hidden states and of 64 rows of the head. "TFLOP/s" are the operations of the ceiling's products by the time, whoever
-may do more. "MiB" in a title is grpo_fast's `workspace_bytes`; memory is the peak beyond inputs, gradients included,
-of which 4 V H bytes are the head's gradient while it is added up in float32. Peers that give log-probs are given the
-loss in plain torch, as are grpo_fast's own in "log-probs + torch loss"."""
+hidden states and of 64 rows of the head. "TFLOP/s" are the operations of these products by the time, but for those of
+masked rows and the gradients of dead ones, whoever does more. "MiB" in a title is grpo_fast's `workspace_bytes`;
+memory is the peak beyond inputs, gradients included, of which 4 V H bytes are the head's gradient while it is added
+up in float32. Peers that give log-probs are given the loss in plain torch, as are grpo_fast's own in "log-probs +
+torch loss"."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Case:
 
 
 def columns(record: Record) -> dict[str, str]:
-    """The operations of the products, as many as the ceiling's over the rows that the mask keeps, by the time."""
+    """The operations of the products that have to be done, by the time."""
     case = Case(**record["case"])
-    products = {"the product": 1, "the products": 2 if case.frozen_head else 3}[record["ceiling"]]
+    of_gradients = {"the product": 0, "the products": 1 if case.frozen_head else 2}[record["ceiling"]]
     rows = case.rows * (1.0 - case.padding)
-    flops = 2.0 * products * rows * case.vocabulary * case.hidden
+    flops = 2.0 * (rows + of_gradients * rows * (1.0 - case.dead)) * case.vocabulary * case.hidden
     return {"TFLOP/s": f"{flops / record['ms'] / 1e9:.0f}"}
 
 
