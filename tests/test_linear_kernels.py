@@ -477,12 +477,9 @@ def test_elements_of_the_gradients_are_those_of_logits_in_float32() -> None:
         ours, theirs = ((z.double() - exact).abs() for z in (x, y))
         assert ours.mean() < 1.1 * theirs.mean()
         assert ours.max() < 1.5 * theirs.max()
-        for row, other in zip(
-            ours.amax(-1).sort().values[:: len(ours) // 16],
-            theirs.amax(-1).sort().values[:: len(ours) // 16],
-            strict=True,
-        ):
-            assert row <= 1.25 * other + 1e-12
+        # The worst elements of some rows, from the best of these to the worst.
+        row, other = (z.amax(-1).sort().values[:: len(z) // 16] for z in (ours, theirs))
+        assert (row <= 1.25 * other + 1e-12).all()
 
 
 def test_rows_without_a_gradient(launches: list[int]) -> None:

@@ -96,15 +96,10 @@ def linear_token_loss(
         choice = Choice.begin(index.numel(), mask, live, gradient=any(wants), wait=may_wait(allow_sync, hidden))
         scale = None
         if torch.promote_types(hidden.dtype, weight.dtype) == torch.float16 and token_weights.numel() > 0:
-            # One in many tokens, or a small advantage, would underflow: the largest is brought to between 1 and 2.
             sizes = advantages.abs() if sampler_ratio is None else advantages.abs() * sampler_ratio
-            if entropy_mask is not None:
-                sizes = sizes.where(entropy_mask.bool(), 0.0)
-            largest = (token_weights * (sizes + beta)).nan_to_num(0.0, 0.0, 0.0).amax()
-            if entropy_items is not None:
-                largest = torch.maximum(largest, abs(entropy_coef) / entropy_items)
-            largest = largest.where(largest > 0.0, 1.0).clamp(2.0**-60, 2.0**60)
-            scale = torch.exp2(-largest.log2().floor())
+            sizes = sizes if entropy_mask is None else sizes.where(entropy_mask.bool(), 0.0)
+            bonus = None if entropy_items is None else abs(entropy_coef) / entropy_items
+            scale = _scale(token_weights * (sizes + beta), bonus)
             token_weights = token_weights * scale
             entropy_items = None if entropy_items is None else entropy_items / scale
         logits_options: dict[str, Any] = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
@@ -210,6 +205,19 @@ def linear_token_loss(
         if scale is not None:
             results[2] /= scale
         return rows.spread(results), *head.finish()
+
+
+def _scale(sizes: Tensor, bonus: Tensor | None) -> Tensor:
+    """A power of two that brings the largest of what the tokens' gradients are multiplied by to between 1 and 2.
+
+    One in many tokens, or a small advantage, would underflow in float16, and a large one overflow. ``bonus`` is what
+    those of the entropies are multiplied by.
+    """
+    largest = sizes.nan_to_num(0.0, 0.0, 0.0).amax()
+    if bonus is not None:
+        largest = torch.maximum(largest, bonus)
+    largest = largest.where(largest > 0.0, 1.0).clamp(2.0**-60, 2.0**60)
+    return torch.exp2(-largest.log2().floor())
 
 
 def _fake_sum_rows(rows: Tensor, *_: Any) -> Tensor:
