@@ -190,9 +190,18 @@ struct Partials {
 int linear_lanes(int count, int multiprocessors);
 int linear_lanes_at_most(int multiprocessors);
 
-// The product: the statistics of each row, and the exponentials.
+// Rows of a product whose exponentials are to become the gradient of the logits, in bfloat16, in their place.
+struct Conversion {
+  Head head;
+  Exponentials exponentials;
+  const float4* slopes;  // (count,)
+  bool tilted;           // whether entropies have a gradient too
+};
+
+// The product: the statistics of each row, and the exponentials. Where it leaves these, it may convert the rows of
+// another product meanwhile; `next_slice` is a scalar that it counts with.
 cudaError_t linear_product(const Head& head, const Exponentials& exponentials, const Partials& partials,
-                           cudaStream_t stream);
+                           const Conversion* meanwhile, int* next_slice, cudaStream_t stream);
 
 // What follows from the statistics: log-probs, or the loss, and then the slopes of the gradient, (count,).
 cudaError_t linear_log_probs(const Head& head, const Partials& partials, const LogProbs& results, cudaStream_t stream);
@@ -206,10 +215,8 @@ cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8
 cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& place, const float4* slopes, bool tilted,
                                        cudaStream_t stream);
 
-// The gradient of the logits, in bfloat16, over the exponentials: of all rows, or of so many in `which`. `tilted`:
-// entropies have a gradient too.
-cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
-                            const int64_t* which, int count, cudaStream_t stream);
+// The same without a product: of all rows, or of so many in `which`.
+cudaError_t linear_gradient(const Conversion& all, const int64_t* which, int count, cudaStream_t stream);
 
 // Rows are short or long, by the number of their elements, or dense.
 struct SparseTotals {

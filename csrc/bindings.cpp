@@ -284,18 +284,27 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("totals"), py::arg("room"), py::arg("most_dense"));
 
+  py::class_<gf::Conversion>(m, "Conversion")
+      .def(py::init([](const gf::Head& head, const gf::Exponentials& exponentials, Address slopes, bool tilted)
+                        -> gf::Conversion { return {head, exponentials, pointer<const float4>(slopes), tilted}; }),
+           py::arg("head"), py::arg("exponentials"), py::arg("slopes"), py::arg("tilted"));
+
   m.def("linear_lanes", &gf::linear_lanes, py::arg("count"), py::arg("multiprocessors"));
   m.def("linear_lanes_at_most", &gf::linear_lanes_at_most, py::arg("multiprocessors"));
 
   m.def(
       "linear_product",
       [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials,
-         const Partials& partials) -> int {
+         const Partials& partials, const gf::Conversion* meanwhile, Address next_slice) -> int {
+        want(meanwhile == nullptr || exponentials.first.values != nullptr, "meanwhile",
+             meanwhile == nullptr ? 0 : meanwhile->head.count, "no rows where the product leaves no exponentials");
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
-        return code(gf::linear_product(head, exponentials, partials_of(partials), stream_of(stream)));
+        return code(gf::linear_product(head, exponentials, partials_of(partials), meanwhile, pointer<int>(next_slice),
+                                       stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("partials"));
+      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("partials"),
+      py::arg("meanwhile"), py::arg("next_slice"));
 
   m.def(
       "linear_log_probs",
@@ -351,16 +360,14 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "linear_gradient",
-      [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials, Address slopes,
-         bool tilted, Address which, int count) -> int {
-        want(count >= 1 && count <= head.count, "count", count, "1 or more rows, and no more than there are");
+      [](int device, Address stream, const gf::Conversion& conversion, Address which, int count) -> int {
+        want(count >= 1 && count <= conversion.head.count, "count", count,
+             "1 or more rows, and no more than there are");
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
-        return code(gf::linear_gradient(head, exponentials, pointer<const float4>(slopes), tilted,
-                                        pointer<const std::int64_t>(which), count, stream_of(stream)));
+        return code(gf::linear_gradient(conversion, pointer<const std::int64_t>(which), count, stream_of(stream)));
       },
-      py::arg("device"), py::arg("stream"), py::arg("head"), py::arg("exponentials"), py::arg("slopes"),
-      py::arg("tilted"), py::arg("which"), py::arg("count"));
+      py::arg("device"), py::arg("stream"), py::arg("conversion"), py::arg("which"), py::arg("count"));
 
   m.def(
       "sparse_rows",

@@ -1,7 +1,7 @@
 // From the statistics of rows to log-probs, the loss and the gradient of the logits, over the exponentials that the
 // product left (linear_statistics.cu).
 
-#include "exponential.cuh"
+#include "conversion.cuh"
 #include "grpo_loss.cuh"
 #include "head.cuh"
 
@@ -9,12 +9,12 @@ namespace grpo_fast {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kVectorsAThread = 4;
 constexpr int kVectorsABlock = kThreads * kVectorsAThread;
 
 // A row's softmax, from what the lanes found.
 __device__ Softmax softmax(const Head& head, const Partials& partials, int n) {
   Statistics rest;
+#pragma unroll 4
   for (int lane = 0; lane < *partials.lanes; ++lane) {
     const float4 part = partials.values[int64_t(lane) * partials.stride + n];
     rest.merge({part.x, part.y, part.z, part.w}, head.options.slope * kLog2e);
@@ -67,65 +67,18 @@ cudaError_t launch_by_row(Kernel* kernel, const Head& head, cudaStream_t stream,
   return cudaGetLastError();
 }
 
-// The vectors of a row that lie together, and the slices that they make.
-struct Stretch {
-  int vectors, slices;
-
-  __host__ __device__ explicit Stretch(int words)
-      : vectors(words / 8 + (words % 8 != 0)), slices((vectors + kVectorsABlock - 1) / kVectorsABlock) {}
-};
-
-__host__ __device__ inline Stretch first_of(const Head& head, const Exponentials& all) {
-  return Stretch(head.V < all.split ? head.V : all.split);
-}
-
-__host__ __device__ inline Stretch rest_of(const Head& head, const Exponentials& all) {
-  return Stretch(head.V < all.split ? 0 : head.V - all.split);
-}
-
 // A block a slice of a row, of all rows or of those in `which`: each exponential is read once and the gradient written
 // in its place. Neighbouring blocks are at neighbouring slices.
 template <bool kTilt>
-__global__ void __launch_bounds__(kThreads)
-    gradient_kernel(const Head head, const Exponentials exponentials, const Slopes* all, const int64_t* which) {
-  const Stretch early = first_of(head, exponentials), late = rest_of(head, exponentials);
-  const int slices = early.slices + late.slices, place = blockIdx.x / slices, slice = blockIdx.x % slices;
-  const int n = which == nullptr ? place : static_cast<int>(which[place]);
-  const float inner = head.options.slope * kLog2e;
-  const Slopes slopes = all[n];
-  const float up = exponentials.bases[n] - slopes.shift, factor = exp2f(up);
-  const bool zero = slopes.zero(), far = -up > kFar;
-  const int64_t id = integer(head.ids, n);
-  const bool is_late = slice >= early.slices;
-  const int before = is_late ? early.vectors : 0, vectors = is_late ? late.vectors : early.vectors;
-  uint4* const row = reinterpret_cast<uint4*>(place_of(exponentials, n, before * 8));
-
-  const int first = (is_late ? slice - early.slices : slice) * kVectorsABlock + threadIdx.x;
-  uint4 raw[kVectorsAThread] = {};
-#pragma unroll
-  for (int j = 0; j < kVectorsAThread; ++j) {
-    if (!zero && !far && first + j * kThreads < vectors) raw[j] = __ldcs(&row[first + j * kThreads]);
-  }
-#pragma unroll
-  for (int j = 0; j < kVectorsAThread; ++j) {
-    const int vector = first + j * kThreads;
-    if (vector >= vectors) break;
-    float x[8] = {};
-    if (!zero && !far) {
-      unpack_exponentials(raw[j], x);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = slopes.of_exponential<kTilt>(x[i], factor, up);
-    } else if (!zero) {
-      const int word = (before + vector) * 8;
-      for (int i = 0; i < 8 && word + i < head.V; ++i) {
-        x[i] = slopes.at<false, kTilt>(logit<__nv_bfloat16>(head, n, word + i, 0, 1), inner, head.options);
-      }
-    }
-    if (!zero && id >= 0 && id / 8 == before + vector) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = i == id % 8 ? slopes.at_target : x[i];
-    }
-    store_together(reinterpret_cast<__nv_bfloat16*>(&row[vector]), x);
+__global__ void __launch_bounds__(kThreads) gradient_kernel(const Conversion all, const int64_t* which) {
+  const Slices<kVectorsABlock> slices(all.head, all.exponentials);
+  const int place = blockIdx.x / slices.count();
+  const RowConversion row(all, which == nullptr ? place : static_cast<int>(which[place]));
+  const SliceOfRow slice = slices[blockIdx.x % slices.count()];
+  if (row.far()) {
+    row.project<kThreads>(slice, slice.first + threadIdx.x);
+  } else {
+    row.convert<kTilt, kThreads>(slice, slice.first + threadIdx.x);
   }
 }
 
@@ -147,12 +100,11 @@ cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8
                        reinterpret_cast<Slopes*>(slopes));
 }
 
-cudaError_t linear_gradient(const Head& head, const Exponentials& exponentials, const float4* slopes, bool tilted,
-                            const int64_t* which, int count, cudaStream_t stream) {
-  if (head.hidden.dtype != DType::kBFloat16) return cudaErrorInvalidValue;
-  const auto kernel = tilted ? gradient_kernel<true> : gradient_kernel<false>;
-  const unsigned slices = first_of(head, exponentials).slices + rest_of(head, exponentials).slices;
-  kernel<<<count * slices, kThreads, 0, stream>>>(head, exponentials, reinterpret_cast<const Slopes*>(slopes), which);
+cudaError_t linear_gradient(const Conversion& all, const int64_t* which, int count, cudaStream_t stream) {
+  if (all.head.hidden.dtype != DType::kBFloat16) return cudaErrorInvalidValue;
+  const auto kernel = all.tilted ? gradient_kernel<true> : gradient_kernel<false>;
+  const unsigned slices = Slices<kVectorsABlock>(all.head, all.exponentials).count();
+  kernel<<<count * slices, kThreads, 0, stream>>>(all, which);
   return cudaGetLastError();
 }
 

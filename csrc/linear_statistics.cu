@@ -22,7 +22,7 @@
 
 #include "api.h"
 #include "async.cuh"
-#include "exponential.cuh"
+#include "conversion.cuh"
 #include "head.cuh"
 #include "row.cuh"
 #include "scalars.cuh"
@@ -43,6 +43,7 @@ constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kRowBytes = kRows * kDepth * 2, kWordBytes = kWords * kDepth * 2;
 constexpr int kStageBytes = kRowBytes + kWordBytes;
 constexpr int kSharedBytes = kStages * (kStageBytes + 2 * 8) + 1024;  // and what aligns it to the swizzle's period
+constexpr int kVectorsASlice = 1024;                                  // of what a warp converts at a time
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -72,6 +73,8 @@ struct Problem {
   Exponentials exponentials;  // their place is that of the gradient too
   const Slopes* slopes;       // (count,), of the gradient
   Partials partials;
+  Conversion meanwhile;  // of no rows if there is nothing to convert
+  int* next_slice;       // of these, the first that no warp has taken
 };
 
 __host__ __device__ inline int pairs_of(int rows) { return (rows + kCluster * kRows - 1) / (kCluster * kRows); }
@@ -92,6 +95,29 @@ __device__ inline Item item_of(int i, int pairs, int lanes) {
   const int width = min(kBand, pairs - first);
   i -= first * lanes;
   return {first + i % width, i / width};
+}
+
+// A warp takes slices of another product's rows until there are no more.
+__device__ inline void convert_slices(const Conversion& all, int* next_slice) {
+  const Slices<kVectorsASlice> slices(all.head, all.exponentials);
+  const int in_a_row = slices.count(), total = all.head.count * in_a_row, lane = threadIdx.x % 32;
+  if (total == 0) return;
+  const auto take = [&] { return lane == 0 ? atomicAdd(next_slice, 1) : 0; };
+  for (int i = __shfl_sync(~0u, take(), 0); i < total;) {
+    const int following = take();  // in the first lane, and there when it is needed
+    const RowConversion row(all, i / in_a_row);
+    const SliceOfRow slice = slices[i % in_a_row];
+    for (int vector = slice.first + lane; vector < slice.end; vector += 32 * kVectorsAThread) {
+      if (row.far()) {
+        row.project<32>(slice, vector);
+      } else if (all.tilted) {
+        row.convert<true, 32>(slice, vector);
+      } else {
+        row.convert<false, 32>(slice, vector);
+      }
+    }
+    i = __shfl_sync(~0u, following, 0);
+  }
 }
 
 template <typename T, bool kSoftcap, bool kBias, Makes kMakes>
@@ -138,6 +164,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       }
+    } else if (kMakes == Makes::kExponentials && threadIdx.x % 128 >= 32) {
+      convert_slices(problem.meanwhile, problem.next_slice);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
@@ -265,14 +293,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
+    if (kKeep) convert_slices(problem.meanwhile, problem.next_slice);
   }
   cluster_sync();  // a block that is gone cannot be written to or arrived at
 #endif
 }
 
-// The base of each row's exponentials, by the logit of its sampled token: a warp a row.
+// The base of each row's exponentials, by the logit of its sampled token: a warp a row. And nothing is converted yet.
 template <typename T>
-__global__ void base_kernel(const Head head, float* bases) {
+__global__ void base_kernel(const Head head, float* bases, int* next_slice) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *next_slice = 0;
   const int n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (n >= rows_of(head)) return;
   const int64_t id = integer(head.ids, n);
@@ -361,7 +391,7 @@ cudaError_t statistics(const CUtensorMap& hidden, const CUtensorMap& weight, con
     if (std::is_same_v<T, __half> || problem.head.options.has_softcap) return cudaErrorInvalidValue;
     constexpr int kRowsABlock = 8;
     base_kernel<T><<<(problem.head.count + kRowsABlock - 1) / kRowsABlock, 32 * kRowsABlock, 0, stream>>>(
-        problem.head, problem.exponentials.bases);
+        problem.head, problem.exponentials.bases, problem.next_slice);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
@@ -384,11 +414,12 @@ int linear_lanes(int count, int multiprocessors) { return lanes_of(pairs_of(coun
 int linear_lanes_at_most(int multiprocessors) { return multiprocessors / kCluster; }
 
 cudaError_t linear_product(const Head& head, const Exponentials& exponentials, const Partials& partials,
-                           cudaStream_t stream) {
+                           const Conversion* meanwhile, int* next_slice, cudaStream_t stream) {
   CUtensorMap hidden, weight;
   const cudaError_t error = describe_head(&hidden, &weight, head);
   if (error != cudaSuccess) return error;
-  const Problem problem = {head, exponentials, nullptr, partials};
+  Problem problem = {head, exponentials, nullptr, partials, {}, next_slice};
+  if (meanwhile != nullptr) problem.meanwhile = *meanwhile;
   return head.hidden.dtype == DType::kBFloat16 ? statistics<__nv_bfloat16>(hidden, weight, problem, stream)
                                                : statistics<__half>(hidden, weight, problem, stream);
 }
@@ -399,7 +430,7 @@ cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& pla
   CUtensorMap hidden, weight;
   const cudaError_t error = describe_head(&hidden, &weight, head);
   if (error != cudaSuccess) return error;
-  const Problem problem = {head, place, reinterpret_cast<const Slopes*>(slopes), {}};
+  const Problem problem = {head, place, reinterpret_cast<const Slopes*>(slopes), {}, {}, nullptr};
   return launch(
       tilted ? choose_gradient_kernel<Makes::kTiltedGradient>(head) : choose_gradient_kernel<Makes::kGradient>(head),
       hidden, weight, problem, stream);

@@ -112,6 +112,9 @@ class Head:
 class Exponentials:
     def __init__(self, *, first: tuple[int, int], rest: tuple[int, int], split: int, bases: int) -> None: ...
 
+class Conversion:
+    def __init__(self, *, head: Head, exponentials: Exponentials, slopes: int, tilted: bool) -> None: ...
+
 class SparseLimits:
     def __init__(self, *, totals: int, room: tuple[int, int], most_dense: int) -> None: ...
 
@@ -151,7 +154,14 @@ def log_probs(
 def linear_lanes(count: int, multiprocessors: int) -> int: ...
 def linear_lanes_at_most(multiprocessors: int) -> int: ...
 def linear_product(
-    *, device: int, stream: int, head: Head, exponentials: Exponentials, partials: tuple[int, int, int]
+    *,
+    device: int,
+    stream: int,
+    head: Head,
+    exponentials: Exponentials,
+    partials: tuple[int, int, int],
+    meanwhile: Conversion | None,
+    next_slice: int,
 ) -> int: ...
 def linear_log_probs(
     *,
@@ -184,17 +194,7 @@ def linear_slopes(
 def linear_gradient_by_product(
     *, device: int, stream: int, head: Head, place: Exponentials, slopes: int, tilted: bool
 ) -> int: ...
-def linear_gradient(
-    *,
-    device: int,
-    stream: int,
-    head: Head,
-    exponentials: Exponentials,
-    slopes: int,
-    tilted: bool,
-    which: int,
-    count: int,
-) -> int: ...
+def linear_gradient(*, device: int, stream: int, conversion: Conversion, which: int, count: int) -> int: ...
 def sparse_rows(
     *,
     device: int,

@@ -110,6 +110,7 @@ def linear_product(
     memory: tuple[Tensor, ...] = (),
     bases: Tensor | None = None,
     counted: Tensor | None = None,
+    meanwhile: Exponentials | None = None,
 ) -> Product:
     """The product of ``hidden`` (N, H) with ``weight`` (V, H), whose logits leave statistics of their rows.
 
@@ -118,6 +119,7 @@ def linear_product(
             exponentials, in bfloat16 and without a softcap; none for none.
         bases: (N,) float32, those of exponentials that are in ``memory`` already: there is no product.
         counted: int64, a scalar: only so many rows count, if that is less than N. The host need not know.
+        meanwhile: Those of other rows, which are made their gradient at the same time: only where there is ``memory``.
 
     Raises:
         RuntimeError: A kernel was not launched.
@@ -130,7 +132,7 @@ def linear_product(
     most = _C.linear_lanes(count, multiprocessors) if counted is None else _C.linear_lanes_at_most(multiprocessors)
     partials = hidden.new_empty(most, count, 4, dtype=torch.float32)
     bases = hidden.new_empty(count, dtype=torch.float32) if memory else None
-    lanes = index.new_empty((), dtype=torch.int32)
+    lanes, next_slice = index.new_empty(2, dtype=torch.int32).unbind()
     product = Product(hidden, weight, bias, index, logits, memory, bases, partials, lanes, counted)
     error = _C.linear_product(
         device=hidden.device.index,
@@ -138,6 +140,8 @@ def linear_product(
         head=product.head,
         exponentials=product.exponentials,
         partials=product.statistics(),
+        meanwhile=None if meanwhile is None else meanwhile.conversion,
+        next_slice=next_slice.data_ptr(),
     )
     check(error, "the product with the head", hidden)
     return product
@@ -196,6 +200,16 @@ class Exponentials:
         """A scalar: the sampled tokens' elements in the root mean square, by which those of all rows are measured."""
         return self.slopes[:, 3].square().mean().sqrt()
 
+    @functools.cached_property
+    def conversion(self) -> _C.Conversion:
+        """As kernels take it."""
+        return _C.Conversion(
+            head=self.product.head,
+            exponentials=self.product.exponentials,
+            slopes=self.slopes.data_ptr(),
+            tilted=self.tilted,
+        )
+
     def gradient(self, which: Tensor | None = None) -> None:
         """Turn the exponentials into the gradient of the logits, of all rows or those of these numbers.
 
@@ -206,10 +220,7 @@ class Exponentials:
         error = _C.linear_gradient(
             device=hidden.device.index,
             stream=stream(hidden),
-            head=self.product.head,
-            exponentials=self.product.exponentials,
-            slopes=self.slopes.data_ptr(),
-            tilted=self.tilted,
+            conversion=self.conversion,
             which=address(which),
             count=hidden.size(0) if which is None else which.numel(),
         )

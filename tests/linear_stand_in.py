@@ -113,6 +113,7 @@ def with_stand_in(launched: Callable[[int, int], None]) -> Callable[[str], RowKe
         memory: tuple[Tensor, ...] = (),
         bases: Tensor | None = None,
         counted: Tensor | None = None,
+        meanwhile: Left | None = None,
     ) -> Product:
         assert softcap is None or not memory
         assert takes(hidden, weight)
@@ -124,6 +125,9 @@ def with_stand_in(launched: Callable[[int, int], None]) -> Callable[[str], RowKe
         assert rows > 0
         count = rows if counted is None else int(counted.clamp(0, rows))
         launched(rows, count)
+        if meanwhile is not None:
+            assert memory
+            meanwhile.gradient()
         logits = hidden.float() @ weight.float().T
         if bias is not None:
             logits += bias.float()

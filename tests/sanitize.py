@@ -18,7 +18,7 @@ from grpo_fast import (
     linear_selective_log_softmax,
     selective_log_softmax,
 )
-from grpo_fast.ops import _chunks, _products
+from grpo_fast.ops import _chunks, _products, _workspace
 
 B = 2
 # A row in half of an SM, in one, in clusters of two and four, one that begins off 16 bytes, and one read twice.
@@ -91,6 +91,7 @@ def gradients(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, in
     """The loss and its gradients, dense and sparse, with everything that the rows' kernels can be asked for."""
     for module in (_chunks, _products):
         module.product = module.add_product = no_product
+    _workspace.BAND_ROWS = 256  # so that there is more than one
     shared: dict[str, Any] = {"impl": "cuda", "advantages": torch.randn(2, device="cuda")}
     shared["cu_seqlens"] = torch.tensor([0, index.numel() // 2, index.numel()], device="cuda")
     hidden = hidden + 2.0 * weight[index]  # peaked

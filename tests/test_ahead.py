@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from conftest import DEVICE, KERNELS, rand
 from linear_stand_in import with_stand_in
 
-from grpo_fast.ops import _ahead, _linear_token_loss, _workspace
+from grpo_fast.ops import _ahead, _chunks, _linear_token_loss, _workspace
 from grpo_fast.ops._linear_token_loss import cross_entropy_rows
 
 pytestmark = [
@@ -120,6 +120,41 @@ def test_in_two_places(live: Tensor | None, products: list[tuple[int, int]], mon
     monkeypatch.setattr(_workspace, "TILE_WORDS", 8)
     check(losses(mask=MASK, live=live, workspace=ROOM - 100), MASK, live)
     assert products[0] == (N, int((MASK if live is None else MASK & live).sum()))
+
+
+@pytest.mark.parametrize("workspace", [1, ROOM - 100, 2**20])
+@pytest.mark.parametrize("live", [None, LIVE, NONE], ids=["", "live", "none live"])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["", "mask"])
+def test_in_bands(
+    mask: Tensor | None,
+    live: Tensor | None,
+    workspace: int,
+    products: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each becomes its gradient beside the next one's product; the GPU counts the first alone."""
+    for name, value in (("TILE_ROWS", 1), ("TILE_WORDS", 8), ("BAND_ROWS", 8)):
+        monkeypatch.setattr(_workspace, name, value)
+    check(losses(mask=mask, live=live, workspace=workspace), mask, live)
+    counts = ALL if mask is None else mask
+    with_gradient = int((counts if live is None else counts & live).sum())
+    rest = int(counts.sum()) - with_gradient
+    if workspace > 1:  # else each section is a row
+        after = {24: [8, 8], 18: [6, 4], 16: [8], 12: [4], 0: []}[with_gradient]
+        expected = [(n, n) for n in [*after, rest] if n > 0]
+        assert products == [(8, min(8, with_gradient)), *expected]
+
+
+@pytest.mark.parametrize("rows", [1, 255, 2_048, 2_049, 4_736, 8_192, 131_072])
+@pytest.mark.parametrize("first", [0, 1, 2_048])
+def test_bands_are_all_of_a_section(first: int, rows: int) -> None:
+    bands = list(_chunks._bands(slice(100, 100 + rows), first))
+    assert [band.start for band in bands] == [100, *(band.stop for band in bands[:-1])]
+    assert bands[-1].stop == 100 + rows
+    assert bands[0].stop == 100 + min(first, rows) or first == 0
+    sizes = [band.stop - band.start for band in bands[int(first > 0) :]]
+    assert all(0 < n <= _workspace.BAND_ROWS for n in sizes)
+    assert all(n % 256 == 0 and n - sizes[-1] < 256 * len(sizes) for n in sizes[:-1]), "about as many in each"
 
 
 def test_what_one_launch_cannot_have(products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:

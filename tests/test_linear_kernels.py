@@ -261,6 +261,53 @@ def test_every_element_of_the_gradient(
     assert (out[20:23] == 0).all()
 
 
+@pytest.mark.parametrize("beside", [1, 700])
+@pytest.mark.parametrize("split", [None, 4_608])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_rows_that_become_their_gradient_beside_another_product(
+    entropy: bool, split: int | None, beside: int
+) -> None:
+    """The bits are those of the two by themselves, whichever is done first: 1 row is, 700 are not."""
+    from grpo_fast import cuda_linear
+
+    count, vocabulary = 600, 5_001
+    hidden, weight, index = inputs(count, vocabulary, 200)
+    hidden[30] *= 40.0
+    index[30] = (hidden[30].float() @ weight.float().t()).argmin()  # of no use, its exponentials
+    index[7], index[11] = -1, vocabulary
+    d_logps, d_entropies = rand(2, count, seed=6)
+    d_logps[20:23] = d_entropies[20:23] = 0.0
+    mask = torch.arange(count, device="cuda") % 9 != 4
+    options: dict[str, Any] = {"temperature": 0.8, "logit_scale": 1.3, "softcap": None}
+    widths = [vocabulary] if split is None else [split, vocabulary - split]
+
+    def empty(rows: int) -> tuple[Tensor, ...]:
+        place = [torch.empty(rows, -(-n // 8) * 8, device="cuda", dtype=torch.bfloat16) for n in widths]
+        return tuple(x[:, :n] for x, n in zip(place, widths, strict=True))
+
+    def exponentials() -> Any:
+        product = cuda_linear.linear_product(hidden, weight, None, index, memory=empty(count), **options)
+        found = cuda_linear.linear_logps_fwd(product, return_entropy=True)
+        return cuda_linear.linear_exponentials(product, mask, *found, d_logps, d_entropies if entropy else None)
+
+    def other(meanwhile: Any) -> Any:
+        states = rand(beside, 200, seed=7).bfloat16()
+        return cuda_linear.linear_product(
+            states, weight, None, index[:beside] % vocabulary, memory=empty(beside), meanwhile=meanwhile, **options
+        )
+
+    alone, together = exponentials(), exponentials()
+    alone.gradient()
+    product, expected = other(together), other(None)
+    for x, y in ((together.product, alone.product), (product, expected)):
+        for part, words in zip(x.memory, y.memory, strict=True):
+            assert torch.equal(part.view(torch.int16), words.view(torch.int16))
+    for values, truth in zip(
+        cuda_linear.linear_logps_fwd(product, True), cuda_linear.linear_logps_fwd(expected, True), strict=True
+    ):
+        assert torch.equal(values, truth)
+
+
 def test_rows_whose_token_is_all_but_impossible(launches: list[int]) -> None:
     """So far below the likeliest that 16 bits of an exponential do not reach from one to the other."""
     hidden, weight, index = inputs(64, 500, 64)

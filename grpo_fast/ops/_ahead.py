@@ -11,20 +11,22 @@ from grpo_fast.ops._chunks import section_of_all
 from grpo_fast.ops._row_kernels import Gradient, RowKernels, linear_kernels
 from grpo_fast.ops._rows import Choice, HiddenRows
 from grpo_fast.ops._section import Section
-from grpo_fast.ops._workspace import LAUNCH_ROWS
+from grpo_fast.ops._workspace import LAUNCH_ROWS, band_rows
 
 
 class Ahead(NamedTuple):
     """What is under way.
 
     Attributes:
-        product: Of all rows by their places; those with a gradient count if there is to be one, else those that are
-            projected.
-        states: (N, H), in that order.
+        product: Of all rows by their places, or the first band of them; those with a gradient count if there is to be
+            one, else those that are projected.
+        rows: How many these are at the most.
+        states: (N, H), in that order, of all.
         section: Where the product leaves exponentials, if there is to be a gradient.
     """
 
     product: Any
+    rows: int
     states: Tensor
     section: Section | None
 
@@ -61,16 +63,17 @@ def product_ahead(
         section = section_of_all(workspace_bytes, choice.count, weight, dtype, own_sum=own_sum, sparse=sparse)
     if section is None and (choice.gradient or choice.count > LAUNCH_ROWS):
         return None
-    every = slice(0, choice.count)
-    x = states[every]
+    x = states[slice(0, choice.count)]
+    rows = choice.count if section is None or sparse else band_rows(choice.count)
+    first = slice(0, min(rows, choice.count))
     product = linear.product(
-        x,
+        x[first],
         weight,
         bias,
-        choice.all.take(index),
+        choice.all.take(index)[first],
         softcap=softcap,
-        memory=() if section is None else section[every],
+        memory=() if section is None else section[first],
         counted=None if choice.numbers is None else choice.numbers[0 if choice.gradient else 1],
         **logits_options,
     )
-    return Ahead(product, x, section)
+    return Ahead(product, first.stop, x, section)

@@ -121,7 +121,7 @@ def linear_token_loss(
         states = HiddenRows(hidden, rows, dtype, None if ahead is None else ahead.states)
         by: Gradient = "by exponentials" if rows.live else "none"
         linear = linear_kernels(kernels, states, weight, label_smoothing, softcap, gradient=by)
-        known = 0 if ahead is None else rows.live if any(wants) else rows.total
+        known = 0 if ahead is None else min(ahead.rows, rows.live if any(wants) else rows.total)
         head = ChunkedHead(
             states,
             weight,
@@ -134,6 +134,7 @@ def linear_token_loss(
             logits_a_row=int(linear is None),
             sparse=sparse_grad_tol is not None,
             section=None if ahead is None else ahead.section,
+            first_band=known if linear is not None and sparse_grad_tol is None else None,
         )
         sparse = sparse_gradient(head, linear, sparse_grad_tol, may_wait(allow_sync, hidden))
         inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)
@@ -156,6 +157,7 @@ def linear_token_loss(
             tau_neg=tau_neg,
             entropy_coef=entropy_coef,
         )
+        left = None  # of the band before, as long as it is not the gradient
         for part, has_gradient in head.chunks():
             ids, adv, weights, old, ref, chosen, ratio, kept = (None if x is None else x[part] for x in per_token)
             assert ids is not None
@@ -180,12 +182,14 @@ def linear_token_loss(
                 if ahead is not None and part.stop <= known:
                     product = ahead.product[part]
                 else:
-                    product = linear.product(head.states(part), weight, bias, ids, memory=memory, **logits_options)
+                    model = head.states(part), weight, bias, ids
+                    product = linear.product(*model, memory=memory, meanwhile=left, **logits_options)
                 left = linear.loss_rows(found, product, *rest, **options)
                 if has_gradient and sparse is not None:
                     sparse.backpropagate(part, left)
-                elif has_gradient:
+                elif has_gradient and head.ends_section(part):
                     left.gradient()
+                    left = None
                     head.backpropagate(part)
             else:
                 logits = head.logits(part)
