@@ -14,7 +14,6 @@ constexpr int kVectorsABlock = kThreads * kVectorsAThread;
 // A row's softmax, from what the lanes found.
 __device__ Softmax softmax(const Head& head, const Partials& partials, int n) {
   Statistics rest;
-#pragma unroll 4
   for (int lane = 0; lane < *partials.lanes; ++lane) {
     const float4 part = partials.values[int64_t(lane) * partials.stride + n];
     rest.merge({part.x, part.y, part.z, part.w}, head.options.slope * kLog2e);

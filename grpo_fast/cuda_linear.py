@@ -119,7 +119,7 @@ def linear_product(
             exponentials, in bfloat16 and without a softcap; none for none.
         bases: (N,) float32, those of exponentials that are in ``memory`` already: there is no product.
         counted: int64, a scalar: only so many rows count, if that is less than N. The host need not know.
-        meanwhile: Those of other rows, which are made their gradient at the same time: only where there is ``memory``.
+        meanwhile: Those of other rows, to be made their gradient at the same time: only where there is ``memory``.
 
     Raises:
         RuntimeError: A kernel was not launched.
