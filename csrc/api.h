@@ -178,6 +178,7 @@ struct Exponentials {
 };
 
 constexpr int kTileWords = 256;
+constexpr int kBandRows = 2048;  // so many rows are done before the next, so that the words in between stay in L2
 
 // What each lane of the product, clusters of blocks that share a row, found of it.
 struct Partials {
@@ -215,7 +216,7 @@ cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8
 cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& place, const float4* slopes, bool tilted,
                                        cudaStream_t stream);
 
-// The same without a product: of all rows, or of so many in `which`.
+// The conversion by a kernel of its own: of all rows, or of so many in `which`.
 cudaError_t linear_gradient(const Conversion& all, const int64_t* which, int count, cudaStream_t stream);
 
 // Rows are short or long, by the number of their elements, or dense.

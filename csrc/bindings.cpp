@@ -186,6 +186,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   m.attr("PARTIAL") = gf::kPartial;
   m.attr("TILE_WORDS") = gf::kTileWords;
+  m.attr("BAND_ROWS") = gf::kBandRows;
   m.attr("SPARSE_SAMPLE") = sizeof(gf::SparseSample) / sizeof(unsigned long long);
   m.def("error_string", [](int code) { return std::string(cudaGetErrorString(static_cast<cudaError_t>(code))); });
 
@@ -298,6 +299,7 @@ PYBIND11_MODULE(_C, m) {
          const Partials& partials, const gf::Conversion* meanwhile, Address next_slice) -> int {
         want(meanwhile == nullptr || exponentials.first.values != nullptr, "meanwhile",
              meanwhile == nullptr ? 0 : meanwhile->head.count, "no rows where the product leaves no exponentials");
+        want(exponentials.first.values == nullptr || next_slice != 0, "next_slice", next_slice, "an address");
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         return code(gf::linear_product(head, exponentials, partials_of(partials), meanwhile, pointer<int>(next_slice),

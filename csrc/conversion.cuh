@@ -73,21 +73,23 @@ class RowConversion {
   // Whether the exponentials are of no use.
   __device__ bool far() const { return !zero_ && -up_ > kFar; }
 
-  // The same vectors of a row that is far, from its logits.
-  template <int kStride>
-  __device__ void project(const SliceOfRow& slice, int first) const {
+  // All of a slice of a row that is far, from its logits, by so many warps.
+  __device__ void project(const SliceOfRow& slice, int warp, int warps) const {
+    const int lane = threadIdx.x % 32;
     uint4* const row = reinterpret_cast<uint4*>(place_of(all_.exponentials, n_, slice.before * 8));
-    const float inner = all_.head.options.slope * kLog2e;
+    for (int vector = slice.first + warp; vector < slice.end; vector += warps) {
+      const int first = (slice.before + vector) * 8, words = min(all_.head.V - first, 8);
+      float mine = 0.0f;  // in the first lanes, a word each
 #pragma unroll 1
-    for (int j = 0; j < kVectorsAThread; ++j) {
-      const int vector = first + j * kStride, word = (slice.before + vector) * 8;
-      if (vector >= slice.end) break;
-      float x[8] = {};
-      for (int i = 0; i < 8 && word + i < all_.head.V; ++i) {
-        const float u = logit<__nv_bfloat16>(all_.head, n_, word + i, 0, 1);
-        x[i] = slopes_.at<false, true>(u, inner, all_.head.options);
+      for (int i = 0; i < words; ++i) {
+        float u = logit<__nv_bfloat16>(all_.head, n_, first + i, lane, 32);
+        for (int across = 16; across > 0; across /= 2) u += __shfl_xor_sync(~0u, u, across);
+        if (lane == i) mine = slopes_.at<false, true>(u, all_.head.options.slope * kLog2e, all_.head.options);
       }
-      store(row, slice, vector, x);
+      float x[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = __shfl_sync(~0u, mine, i);
+      if (lane == 0) store(row, slice, vector, x);
     }
   }
 

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const Conversion all
   const RowConversion row(all, which == nullptr ? place : static_cast<int>(which[place]));
   const SliceOfRow slice = slices[blockIdx.x % slices.count()];
   if (row.far()) {
-    row.project<kThreads>(slice, slice.first + threadIdx.x);
+    row.project(slice, threadIdx.x / 32, kThreads / 32);
   } else {
     row.convert<kTilt, kThreads>(slice, slice.first + threadIdx.x);
   }

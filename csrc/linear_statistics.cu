@@ -9,7 +9,10 @@
 //   the consumers  (2 warpgroups)     multiply them on the tensor cores, 64 rows each, and at the end of 256 words
 //                                     take the logits in their registers into their rows' statistics. Where there is
 //                                     to be a gradient they write the exponentials that they have then, in 16 bits.
-//                                     Where a row's sum is known from before they write the gradient itself.
+//                                     Where a row's sum is known from before they write the gradient itself,
+//   the converters (3 warps)          turn exponentials of other rows, whose sums are known, into their gradient: that
+//                                     is bound by memory, which the product hardly uses. They are the rest of the
+//                                     loader's warpgroup. At the end the consumers join them.
 //
 // While one warpgroup is with its statistics the other multiplies, as far apart as the ring allows. Clusters that share
 // rows have every n-th tile of words; linear_rows.cu merges what they found. How many do follows from the number of
@@ -37,8 +40,8 @@ constexpr int kDepth = 64;  // of the hidden size, in a stage of the ring: 128 b
 constexpr int kStages = 4;
 constexpr int kCluster = 2;
 constexpr uint16_t kAllBlocks = (1 << kCluster) - 1;
-constexpr int kBand = 8;  // pairs of blocks whose rows are done before the next: with as many words they stay in L2
-constexpr int kConsumers = 2;  // warpgroups, 64 rows each
+constexpr int kBand = kBandRows / (kCluster * kRows);  // pairs of blocks
+constexpr int kConsumers = 2;                          // warpgroups, 64 rows each
 constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kRowBytes = kRows * kDepth * 2, kWordBytes = kWords * kDepth * 2;
 constexpr int kStageBytes = kRowBytes + kWordBytes;
@@ -107,13 +110,15 @@ __device__ inline void convert_slices(const Conversion& all, int* next_slice) {
     const int following = take();  // in the first lane, and there when it is needed
     const RowConversion row(all, i / in_a_row);
     const SliceOfRow slice = slices[i % in_a_row];
-    for (int vector = slice.first + lane; vector < slice.end; vector += 32 * kVectorsAThread) {
-      if (row.far()) {
-        row.project<32>(slice, vector);
-      } else if (all.tilted) {
-        row.convert<true, 32>(slice, vector);
-      } else {
-        row.convert<false, 32>(slice, vector);
+    if (row.far()) {
+      row.project(slice, 0, 1);
+    } else {
+      for (int vector = slice.first + lane; vector < slice.end; vector += 32 * kVectorsAThread) {
+        if (all.tilted) {
+          row.convert<true, 32>(slice, vector);
+        } else {
+          row.convert<false, 32>(slice, vector);
+        }
       }
     }
     i = __shfl_sync(~0u, following, 0);

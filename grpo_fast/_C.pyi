@@ -8,6 +8,7 @@ cuda_version: str
 PARTIAL: int
 SPARSE_SAMPLE: int
 TILE_WORDS: int
+BAND_ROWS: int
 
 class Layout:
     cluster: int

@@ -125,9 +125,6 @@ def with_stand_in(launched: Callable[[int, int], None]) -> Callable[[str], RowKe
         assert rows > 0
         count = rows if counted is None else int(counted.clamp(0, rows))
         launched(rows, count)
-        if meanwhile is not None:
-            assert memory
-            meanwhile.gradient()
         logits = hidden.float() @ weight.float().T
         if bias is not None:
             logits += bias.float()
@@ -138,6 +135,9 @@ def with_stand_in(launched: Callable[[int, int], None]) -> Callable[[str], RowKe
         for part in memory:
             part[:count] = log_p[:count, start : start + part.size(1)].exp().to(part.dtype)
             start += part.size(1)
+        if meanwhile is not None:  # in any order with the above
+            assert memory[0].data_ptr() != meanwhile.product.memory[0].data_ptr(), "the same rows"
+            meanwhile.gradient()
         assert start == (weight.size(0) if memory else 0)
         return Product(log_p, shift, index, memory, index.to(torch.float32) if memory else None, slope)
 

@@ -122,7 +122,15 @@ def test_in_two_places(live: Tensor | None, products: list[tuple[int, int]], mon
     assert products[0] == (N, int((MASK if live is None else MASK & live).sum()))
 
 
-@pytest.mark.parametrize("workspace", [1, ROOM - 100, 2**20])
+@pytest.fixture
+def bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 rows at most, or 4 if they are few."""
+    monkeypatch.setattr(_workspace, "BAND_ROWS", 8)
+    monkeypatch.setattr(_workspace, "BAND_HIDDEN_SIZE", H)
+
+
+@pytest.mark.usefixtures("bands")
+@pytest.mark.parametrize("workspace", [ROOM - 100, 2**20], ids=["two places", "one"])
 @pytest.mark.parametrize("live", [None, LIVE, NONE], ids=["", "live", "none live"])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "mask"])
 def test_in_bands(
@@ -133,28 +141,37 @@ def test_in_bands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each becomes its gradient beside the next one's product; the GPU counts the first alone."""
-    for name, value in (("TILE_ROWS", 1), ("TILE_WORDS", 8), ("BAND_ROWS", 8)):
-        monkeypatch.setattr(_workspace, name, value)
+    monkeypatch.setattr(_workspace, "TILE_WORDS", 8)
     check(losses(mask=mask, live=live, workspace=workspace), mask, live)
     counts = ALL if mask is None else mask
     with_gradient = int((counts if live is None else counts & live).sum())
     rest = int(counts.sum()) - with_gradient
-    if workspace > 1:  # else each section is a row
-        after = {24: [8, 8], 18: [6, 4], 16: [8], 12: [4], 0: []}[with_gradient]
-        expected = [(n, n) for n in [*after, rest] if n > 0]
-        assert products == [(8, min(8, with_gradient)), *expected]
+    after = {24: [8, 8], 18: [5, 5], 16: [8], 12: [4], 0: []}[with_gradient]
+    assert products == [(8, min(8, with_gradient)), *[(n, n) for n in [*after, rest] if n > 0]]
+
+
+@pytest.mark.usefixtures("bands")
+def test_several_sections_in_bands(products: list[tuple[int, int]]) -> None:
+    """The first of each has nothing beside it, and the last of each becomes its gradient by itself."""
+    check(losses(needs=(True, False, False), workspace=11 * (2 * V + 8 * H)), None, None)
+    assert products == [(6, 6), (5, 5), (6, 6), (5, 5), (2, 2)]
+    products.clear()
+    check(losses(mask=MASK, live=LIVE, allow_sync=False), MASK, None)
+    assert products == [(8, 8)] * 3
 
 
 @pytest.mark.parametrize("rows", [1, 255, 2_048, 2_049, 4_736, 8_192, 131_072])
 @pytest.mark.parametrize("first", [0, 1, 2_048])
 def test_bands_are_all_of_a_section(first: int, rows: int) -> None:
-    bands = list(_chunks._bands(slice(100, 100 + rows), first))
+    bands = list(_chunks._bands(slice(100, 100 + rows), first, 2_048))
     assert [band.start for band in bands] == [100, *(band.stop for band in bands[:-1])]
     assert bands[-1].stop == 100 + rows
     assert bands[0].stop == 100 + min(first, rows) or first == 0
     sizes = [band.stop - band.start for band in bands[int(first > 0) :]]
     assert all(0 < n <= _workspace.BAND_ROWS for n in sizes)
     assert all(n % 256 == 0 and n - sizes[-1] < 256 * len(sizes) for n in sizes[:-1]), "about as many in each"
+    short = list(_chunks._bands(slice(100, 100 + rows), first, 896))
+    assert len(short) == 1 + (0 < first < rows), "all that are left"
 
 
 def test_what_one_launch_cannot_have(products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,10 +151,13 @@ def test_what_leaves_no_exponentials_converts_none() -> None:
     arguments: dict[str, Any] = {"device": 0, "stream": 0, "head": head, "partials": (64, 4, 64), "next_slice": 64}
     with pytest.raises(ValueError, match="meanwhile: got 4, want no rows where the product leaves no exponentials"):
         _C.linear_product(**arguments, exponentials=nothing, meanwhile=others)
+    with pytest.raises(ValueError, match="next_slice: got 0, want an address"):
+        _C.linear_product(**{**arguments, "next_slice": 0}, exponentials=kept, meanwhile=others)
 
 
 def test_words_in_two_places_are_split_between_tiles() -> None:
     assert _workspace.TILE_WORDS == _C.TILE_WORDS
+    assert _workspace.BAND_ROWS == _C.BAND_ROWS
 
 
 def test_the_words_are_shared_out_evenly() -> None:

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from conftest import KERNELS, rand
 
 from grpo_fast import GRPOLossConfig, linear_cross_entropy, linear_grpo_loss, linear_selective_log_softmax
+from grpo_fast.ops import _workspace
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and "cuda" in KERNELS
 pytestmark = [
@@ -262,16 +263,18 @@ def test_every_element_of_the_gradient(
 
 
 @pytest.mark.parametrize("beside", [1, 500])
-@pytest.mark.parametrize("split", [None, 4_608])
+@pytest.mark.parametrize("split", [None, 9_728])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_rows_converted_beside_another_product(entropy: bool, split: int | None, beside: int) -> None:
     """The bits are those of the two by themselves, whichever is done first: 1 row is, 500 are not."""
     from grpo_fast import cuda_linear
 
-    count, vocabulary = 600, 5_001
+    count, vocabulary = 600, 20_001
     hidden, weight, index = inputs(count, vocabulary, 200)
+    bias = rand(vocabulary, seed=4)
     hidden[30] *= 40.0
     index[30] = (hidden[30].float() @ weight.float().t()).argmin()  # of no use, its exponentials
+    hidden[50] = math.nan
     index[7], index[11] = -1, vocabulary
     d_logps, d_entropies = rand(2, count, seed=6)
     d_logps[20:23] = d_entropies[20:23] = 0.0
@@ -284,14 +287,14 @@ def test_rows_converted_beside_another_product(entropy: bool, split: int | None,
         return tuple(x[:, :n] for x, n in zip(place, widths, strict=True))
 
     def exponentials() -> Any:
-        product = cuda_linear.linear_product(hidden, weight, None, index, memory=empty(count), **options)
+        product = cuda_linear.linear_product(hidden, weight, bias, index, memory=empty(count), **options)
         found = cuda_linear.linear_logps_fwd(product, return_entropy=True)
         return cuda_linear.linear_exponentials(product, mask, *found, d_logps, d_entropies if entropy else None)
 
     def other(meanwhile: Any) -> Any:
         states = rand(beside, 200, seed=7).bfloat16()
         return cuda_linear.linear_product(
-            states, weight, None, index[:beside] % vocabulary, memory=empty(beside), meanwhile=meanwhile, **options
+            states, weight, bias, index[:beside] % vocabulary, memory=empty(beside), meanwhile=meanwhile, **options
         )
 
     alone, together = exponentials(), exponentials()
@@ -304,6 +307,10 @@ def test_rows_converted_beside_another_product(entropy: bool, split: int | None,
         cuda_linear.linear_logps_fwd(product, True), cuda_linear.linear_logps_fwd(expected, True), strict=True
     ):
         assert torch.equal(values, truth)
+    gradient = torch.cat(alone.product.memory, 1)
+    assert gradient[50].isnan().all()
+    assert gradient[30].abs().sum() > d_logps[30].abs()
+    assert not gradient[[7, 11]].any() or entropy
 
 
 def test_rows_whose_token_is_all_but_impossible(launches: list[int]) -> None:
@@ -354,14 +361,29 @@ WORKSPACES = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(params=[False, True], ids=["", "bands"])
+def bands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether sections are in bands, of 64 rows at most."""
+    if request.param:
+        monkeypatch.setattr(_workspace, "BAND_ROWS", 64)
+        monkeypatch.setattr(_workspace, "BAND_HIDDEN_SIZE", 1)
+    return bool(request.param)
+
+
 @WORKSPACES
 @pytest.mark.parametrize("config", [{}, {"entropy_coef": 0.1}, {"loss_type": "cispo", "epsilon_high": 2.0}], ids=str)
-def test_loss(config: dict[str, Any], workspace: int | None, launches: list[int]) -> None:
+def test_loss(config: dict[str, Any], workspace: int | None, bands: bool, launches: list[int]) -> None:
     hidden, weight, index = inputs(700, 5_001, 200)
     options: dict[str, Any] = {"config": GRPOLossConfig(**config), "workspace_bytes": workspace}
     check_loss(hidden, weight, index, bias=rand(5_001, seed=8).bfloat16(), **options)
     # The rounded gradient of the weight takes the room of 199 rows, whatever the workspace.
-    assert launches == ([199] * 3 + [103] if workspace == 2 * 5_008 * 130 else [700])
+    sections = [199] * 3 + [103] if workspace == 2 * 5_008 * 130 else [700]
+    assert launches == ([n for rows in sections for n in in_bands(rows)] if bands else sections)
+
+
+def in_bands(rows: int) -> list[int]:
+    """About as many in each, in whole eighths of 64."""
+    return {700: [64] * 10 + [60], 199: [56, 56, 56, 31], 103: [56, 47]}[rows]
 
 
 @WORKSPACES
@@ -433,6 +455,7 @@ EVERY_OPTION: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("few", [False, True], ids=["one section", "several"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", EVERY_OPTION)
+@pytest.mark.usefixtures("bands")
 def test_every_option(name: str, packed: bool, few: bool, launches: list[int]) -> None:
     """Loss, log-probs, entropy, metrics and gradients; old and reference policies some way off."""
     hidden, weight, index = inputs(B * T, 5_001, 200)

@@ -24,7 +24,7 @@ from grpo_fast import (
     linear_selective_log_softmax,
     selective_log_softmax,
 )
-from grpo_fast.ops import _chunks, _products
+from grpo_fast.ops import _chunks, _products, _workspace
 
 B, T, V, H = 4, 5, 301, 16
 MASK = torch.arange(T, device=DEVICE) < torch.tensor([5, 0, 2, 4], device=DEVICE)[:, None]
@@ -794,8 +794,10 @@ def test_cross_entropy_divisors_and_corners(impl: str) -> None:
 
 @on_gpu
 @pytest.mark.parametrize("op", ["loss", "of sequences", "into a buffer", "cross entropy", "log-probs", "frozen head"])
-def test_in_a_cuda_graph(impl: str, op: str) -> None:
+def test_in_a_cuda_graph(impl: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as outside of one, where no more may be known of the mask than there; and nothing is read."""
+    monkeypatch.setattr(_workspace, "BAND_ROWS", 8)
+    monkeypatch.setattr(_workspace, "BAND_HIDDEN_SIZE", H)
     hidden, weight = HIDDEN.bfloat16().requires_grad_(), WEIGHT.bfloat16().requires_grad_(op != "frozen head")
     level: Any = "sequence" if op == "of sequences" else "token"
     inputs = batch(config=GRPOLossConfig(beta=0.1, importance_sampling_level=level))

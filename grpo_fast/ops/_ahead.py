@@ -48,7 +48,8 @@ def product_ahead(
 ) -> Ahead | None:
     """Launch the product of ``hidden`` (B, T, H) and ``weight`` (V, H) for tokens ``index`` (N,).
 
-    None if there are no kernels for that, or one launch cannot have all rows.
+    If there is to be a gradient, that of the first band (``_chunks.py``). None if there are no kernels for that, or
+    one section cannot have all rows.
     """
     if kernels.linear is None or choice.count == 0:
         return None
@@ -64,7 +65,7 @@ def product_ahead(
     if section is None and (choice.gradient or choice.count > LAUNCH_ROWS):
         return None
     x = states[slice(0, choice.count)]
-    rows = choice.count if section is None or sparse else band_rows(choice.count)
+    rows = choice.count if section is None or sparse else band_rows(choice.count, weight.size(1))
     first = slice(0, min(rows, choice.count))
     product = linear.product(
         x[first],

@@ -145,8 +145,8 @@ class ChunkedHead:
             there are none.
         sparse: Whether rows of the gradient may be sparse; a ``SparseGradient`` then takes those.
         section: ``section_of_all`` rows, or of more; None if there is to be one here.
-        first_band: If chunks are bands, of which each section has several, how many rows the first of all has; 0 if
-            that is not settled.
+        in_bands: Whether chunks of rows with a gradient are bands, of which a section may have several.
+        first_band: How many rows the first one has; 0 if that is not settled.
     """
 
     def __init__(
@@ -163,7 +163,8 @@ class ChunkedHead:
         logits_a_row: int = 1,
         sparse: bool = False,
         section: Section | None = None,
-        first_band: int | None = None,
+        in_bands: bool = False,
+        first_band: int = 0,
     ) -> None:
         V, H = weight.shape
         hidden = states.hidden
@@ -184,7 +185,8 @@ class ChunkedHead:
         )
         if section is not None:
             chunk, most = max(chunk, rows.live), max(rows.live, 1)
-        self._chunk_rows, self._section_rows, self._first_band = chunk, most, first_band
+        self._chunk_rows, self._section_rows, self._in_bands = chunk, most, in_bands
+        self._first_band = first_band
         self._part = slice(0, 0)
         longest = {
             live: max((_length(part) for part, of_live in self._sections() if of_live == live), default=0)
@@ -222,8 +224,9 @@ class ChunkedHead:
             if not live and not self._in_place:
                 self._section.release()  # its last gradients are done with
             self._part, self._x = section, self._states[section]
-            if live and self._first_band is not None:
-                chunks = _bands(section, self._first_band if section.start == 0 else 0)
+            if live and self._in_bands:
+                first = self._first_band if section.start == 0 else 0
+                chunks = _bands(section, first, self.weight.size(1))
             else:
                 chunks = _steps(section, self._chunk_rows)
             for chunk in chunks:
@@ -388,12 +391,12 @@ def _steps(rows: slice, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows.stop))
 
 
-def _bands(section: slice, first: int) -> Iterator[slice]:
+def _bands(section: slice, first: int, hidden_size: int) -> Iterator[slice]:
     """A section in bands, the first one of so many rows unless that is 0."""
     rest = slice(min(section.start + first, section.stop), section.stop)
     if first > 0:
         yield slice(section.start, rest.start)
-    yield from _steps(rest, band_rows(_length(rest)))
+    yield from _steps(rest, band_rows(_length(rest), hidden_size))
 
 
 def wanted(*inputs: Tensor | None) -> list[bool]:

@@ -134,7 +134,8 @@ def linear_token_loss(
             logits_a_row=int(linear is None),
             sparse=sparse_grad_tol is not None,
             section=None if ahead is None else ahead.section,
-            first_band=known if linear is not None and sparse_grad_tol is None else None,
+            in_bands=linear is not None and sparse_grad_tol is None,
+            first_band=known,
         )
         sparse = sparse_gradient(head, linear, sparse_grad_tol, may_wait(allow_sync, hidden))
         inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)
@@ -157,7 +158,7 @@ def linear_token_loss(
             tau_neg=tau_neg,
             entropy_coef=entropy_coef,
         )
-        left = None  # of the band before, as long as it is not the gradient
+        left = None  # exponentials of the band before, to be made its gradient
         for part, has_gradient in head.chunks():
             ids, adv, weights, old, ref, chosen, ratio, kept = (None if x is None else x[part] for x in per_token)
             assert ids is not None
@@ -184,13 +185,15 @@ def linear_token_loss(
                 else:
                     model = head.states(part), weight, bias, ids
                     product = linear.product(*model, memory=memory, meanwhile=left, **logits_options)
-                left = linear.loss_rows(found, product, *rest, **options)
+                exponentials = linear.loss_rows(found, product, *rest, **options)
+                left = None
                 if has_gradient and sparse is not None:
-                    sparse.backpropagate(part, left)
+                    sparse.backpropagate(part, exponentials)
                 elif has_gradient and head.ends_section(part):
-                    left.gradient()
-                    left = None
+                    exponentials.gradient()
                     head.backpropagate(part)
+                elif has_gradient:
+                    left = exponentials
             else:
                 logits = head.logits(part)
                 labels = as_address(ids, logits.size(1)) if label_smoothing else ids

@@ -44,9 +44,11 @@ BYTES_IN_ELEMENTS = 12 * (SHORT_ON_AVERAGE + LONG_ON_AVERAGE)
 TILE_WORDS = 256
 #: For so many hidden units the sum's way through memory takes as long as a wave of tiles, on an H100.
 SUM_IS_A_WAVE = 6_000
-#: Where no logits are kept, the product with the head is of at most so many rows, a band, and makes the gradient of
-#: those before them meanwhile: as many as it works on between two readings of the weight (kBand).
-BAND_ROWS = 16 * TILE_ROWS
+#: The gradient of a section's rows is made in bands of no more than these, each beside the product of the next one,
+#: where kernels take hidden states: as many rows as one reading of the weight is for (kBandRows).
+BAND_ROWS = 2_048
+#: With fewer hidden units the products are too short to have that beside them: there is one band.
+BAND_HIDDEN_SIZE = 1_024
 #: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
 PASSING_ROWS = 9 * TILE_ROWS
 LAUNCH_ROWS = 64 * TILE_ROWS
@@ -198,10 +200,11 @@ def section_rows(rows: int, most: int, hidden_size: int) -> int:
     return best
 
 
-def band_rows(rows: int) -> int:
-    """How many rows a band has, but for the last, of so many in a section: about as many in each, and whole tiles."""
-    bands = max(-(-rows // BAND_ROWS), 1)
-    return max(-(-rows // (bands * 2 * TILE_ROWS)) * 2 * TILE_ROWS, 1)
+def band_rows(rows: int, hidden_size: int) -> int:
+    """How many rows a band has, but for the last, of so many in a section: about as many in each, by eighths."""
+    bands = max(-(-rows // BAND_ROWS), 1) if hidden_size >= BAND_HIDDEN_SIZE else 1
+    tile = BAND_ROWS // 8  # a cluster's
+    return max(-(-rows // (bands * tile)) * tile, 1)
 
 
 def check_workspace(workspace_bytes: object) -> int:
