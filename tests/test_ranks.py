@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -78,12 +79,14 @@ def on_ranks(count: int, work: Callable[..., None], *arguments: Any, gpus: bool 
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
     environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if not gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    # A server without threads imports what ranks need once, and forks them.
+    environment["CUDA_VISIBLE_DEVICES"] = visible if gpus else ""
+    # A server without threads imports what ranks need once, and forks them. Some imports ask for GPUs, as torchao's
+    # does: if the server had any, ranks could not have them.
     multiprocessing.set_forkserver_preload(["grpo_fast.train.trainer", "torch.utils.tensorboard"])
-    mp.start_processes(as_rank, (environment, work, arguments), nprocs=count, start_method="forkserver")
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        mp.start_processes(as_rank, (environment, work, arguments), nprocs=count, start_method="forkserver")
 
 
 def sample_alike(ranks: Ranks) -> Callable[..., Rollout]:
