@@ -178,7 +178,8 @@ struct Exponentials {
 };
 
 constexpr int kTileWords = 256;
-constexpr int kBandRows = 2048;  // so many rows are done before the next, so that the words in between stay in L2
+// All words are done for so many rows before the next, so that both, as they are read, stay in L2.
+constexpr int kBandRows = 2048;
 
 // What each lane of the product, clusters of blocks that share a row, found of it.
 struct Partials {
@@ -196,7 +197,6 @@ struct Conversion {
   Head head;
   Exponentials exponentials;
   const float4* slopes;  // (count,)
-  bool tilted;           // whether entropies have a gradient too
 };
 
 // The product: the statistics of each row, and the exponentials. Where it leaves these, it may convert the rows of
@@ -217,7 +217,7 @@ cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& pla
                                        cudaStream_t stream);
 
 // The conversion by a kernel of its own: of all rows, or of so many in `which`.
-cudaError_t linear_gradient(const Conversion& all, const int64_t* which, int count, cudaStream_t stream);
+cudaError_t linear_gradient(const Conversion& conversion, const int64_t* which, int count, cudaStream_t stream);
 
 // Rows are short or long, by the number of their elements, or dense.
 struct SparseTotals {

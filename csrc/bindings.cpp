@@ -286,9 +286,12 @@ PYBIND11_MODULE(_C, m) {
            py::arg("totals"), py::arg("room"), py::arg("most_dense"));
 
   py::class_<gf::Conversion>(m, "Conversion")
-      .def(py::init([](const gf::Head& head, const gf::Exponentials& exponentials, Address slopes, bool tilted)
-                        -> gf::Conversion { return {head, exponentials, pointer<const float4>(slopes), tilted}; }),
-           py::arg("head"), py::arg("exponentials"), py::arg("slopes"), py::arg("tilted"));
+      .def(py::init([](const gf::Head& head, const gf::Exponentials& exponentials, Address slopes) -> gf::Conversion {
+             want(head.hidden.dtype == gf::DType::kBFloat16, "hidden's dtype", static_cast<int>(head.hidden.dtype),
+                  "1 (bfloat16)");
+             return {head, exponentials, pointer<const float4>(slopes)};
+           }),
+           py::arg("head"), py::arg("exponentials"), py::arg("slopes"));
 
   m.def("linear_lanes", &gf::linear_lanes, py::arg("count"), py::arg("multiprocessors"));
   m.def("linear_lanes_at_most", &gf::linear_lanes_at_most, py::arg("multiprocessors"));
@@ -297,9 +300,11 @@ PYBIND11_MODULE(_C, m) {
       "linear_product",
       [](int device, Address stream, const gf::Head& head, const gf::Exponentials& exponentials,
          const Partials& partials, const gf::Conversion* meanwhile, Address next_slice) -> int {
-        want(meanwhile == nullptr || exponentials.first.values != nullptr, "meanwhile",
-             meanwhile == nullptr ? 0 : meanwhile->head.count, "no rows where the product leaves no exponentials");
-        want(exponentials.first.values == nullptr || next_slice != 0, "next_slice", next_slice, "an address");
+        const bool keeps = exponentials.first.values != nullptr;
+        if (meanwhile != nullptr) {
+          want(keeps, "meanwhile", meanwhile->head.count, "no rows where the product leaves no exponentials");
+        }
+        want(!keeps || next_slice != 0, "next_slice", next_slice, "an address");
         const OnDevice on(device);
         if (on.error() != cudaSuccess) return code(on.error());
         return code(gf::linear_product(head, exponentials, partials_of(partials), meanwhile, pointer<int>(next_slice),

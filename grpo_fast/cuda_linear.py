@@ -119,13 +119,14 @@ def linear_product(
             exponentials, in bfloat16 and without a softcap; none for none.
         bases: (N,) float32, those of exponentials that are in ``memory`` already: there is no product.
         counted: int64, a scalar: only so many rows count, if that is less than N. The host need not know.
-        meanwhile: Those of other rows, to be made their gradient at the same time: only where there is ``memory``.
+        meanwhile: Exponentials of other rows, to be made their gradient at the same time: only with ``memory``.
 
     Raises:
         RuntimeError: A kernel was not launched.
     """
     bias, logits = _as_vector(bias), dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     if bases is not None:
+        assert meanwhile is None
         return Product(hidden, weight, bias, index, logits, memory, bases, None, None, None)
     count = hidden.size(0)
     multiprocessors = _multiprocessors(hidden.device.index)
@@ -204,10 +205,7 @@ class Exponentials:
     def conversion(self) -> _C.Conversion:
         """As kernels take it."""
         return _C.Conversion(
-            head=self.product.head,
-            exponentials=self.product.exponentials,
-            slopes=self.slopes.data_ptr(),
-            tilted=self.tilted,
+            head=self.product.head, exponentials=self.product.exponentials, slopes=self.slopes.data_ptr()
         )
 
     def gradient(self, which: Tensor | None = None) -> None:

@@ -98,8 +98,16 @@ def exponentials(
     return Left(product, counts, entropy, d_logps, d_entropy)
 
 
-def with_stand_in(launched: Callable[[int, int], None]) -> Callable[[str], RowKernels]:
-    """In place of ``row_kernels``: Triton's, and these, which tell the rows of each product, and how many count."""
+def places(memory: tuple[Tensor, ...]) -> set[int]:
+    """Where each row begins."""
+    return {row.data_ptr() for part in memory for row in part}
+
+
+def with_stand_in(launched: Callable[[int, int, int], None]) -> Callable[[str], RowKernels]:
+    """In place of ``row_kernels``: Triton's, and these.
+
+    Of each product they tell its rows, how many of them count, and how many others are converted beside it.
+    """
 
     def product(
         hidden: Tensor,
@@ -124,7 +132,7 @@ def with_stand_in(launched: Callable[[int, int], None]) -> Callable[[str], RowKe
         rows = hidden.size(0)
         assert rows > 0
         count = rows if counted is None else int(counted.clamp(0, rows))
-        launched(rows, count)
+        launched(rows, count, 0 if meanwhile is None else len(meanwhile.product.index))
         logits = hidden.float() @ weight.float().T
         if bias is not None:
             logits += bias.float()
@@ -136,7 +144,7 @@ def with_stand_in(launched: Callable[[int, int], None]) -> Callable[[str], RowKe
             part[:count] = log_p[:count, start : start + part.size(1)].exp().to(part.dtype)
             start += part.size(1)
         if meanwhile is not None:  # in any order with the above
-            assert memory[0].data_ptr() != meanwhile.product.memory[0].data_ptr(), "the same rows"
+            assert not places(memory) & places(meanwhile.product.memory), "the same rows"
             meanwhile.gradient()
         assert start == (weight.size(0) if memory else 0)
         return Product(log_p, shift, index, memory, index.to(torch.float32) if memory else None, slope)

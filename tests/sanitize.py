@@ -91,7 +91,7 @@ def gradients(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, in
     """The loss and its gradients, dense and sparse, with everything that the rows' kernels can be asked for."""
     for module in (_chunks, _products):
         module.product = module.add_product = no_product
-    _workspace.BAND_ROWS, _workspace.BAND_HIDDEN_SIZE = 64, 1  # so that there is more than one
+    _workspace.BAND_ROWS, _workspace.BAND_HIDDEN_SIZE = 64, 1  # so that there is more than one band
     shared: dict[str, Any] = {"impl": "cuda", "advantages": torch.randn(2, device="cuda")}
     shared["cu_seqlens"] = torch.tensor([0, index.numel() // 2, index.numel()], device="cuda")
     hidden = hidden + 2.0 * weight[index]  # peaked

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from conftest import DEVICE, KERNELS, rand
 from linear_stand_in import with_stand_in
 
-from grpo_fast.ops import _ahead, _chunks, _linear_token_loss, _workspace
+from grpo_fast.ops import _ahead, _linear_token_loss, _workspace
 from grpo_fast.ops._linear_token_loss import cross_entropy_rows
 
 pytestmark = [
@@ -37,9 +37,18 @@ ROOM = N * (2 * V + 8 * H)
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """How many rows each product is launched for, and how many of them count."""
     found: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        _linear_token_loss, "row_kernels", with_stand_in(lambda rows, count: found.append((rows, count)))
-    )
+    launched = with_stand_in(lambda rows, count, _: found.append((rows, count)))
+    monkeypatch.setattr(_linear_token_loss, "row_kernels", launched)
+    return found
+
+
+@pytest.fixture
+def in_bands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """The same in bands of 8 rows, and how many rows become their gradient beside each product."""
+    monkeypatch.setattr(_workspace, "BAND_ROWS", 8)
+    monkeypatch.setattr(_workspace, "BAND_HIDDEN_SIZE", H)
+    found: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(_linear_token_loss, "row_kernels", with_stand_in(lambda *launch: found.append(launch)))
     return found
 
 
@@ -122,14 +131,6 @@ def test_in_two_places(live: Tensor | None, products: list[tuple[int, int]], mon
     assert products[0] == (N, int((MASK if live is None else MASK & live).sum()))
 
 
-@pytest.fixture
-def bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8 rows at most, or 4 if they are few."""
-    monkeypatch.setattr(_workspace, "BAND_ROWS", 8)
-    monkeypatch.setattr(_workspace, "BAND_HIDDEN_SIZE", H)
-
-
-@pytest.mark.usefixtures("bands")
 @pytest.mark.parametrize("workspace", [ROOM - 100, 2**20], ids=["two places", "one"])
 @pytest.mark.parametrize("live", [None, LIVE, NONE], ids=["", "live", "none live"])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "mask"])
@@ -137,7 +138,7 @@ def test_in_bands(
     mask: Tensor | None,
     live: Tensor | None,
     workspace: int,
-    products: list[tuple[int, int]],
+    in_bands: list[tuple[int, int, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each becomes its gradient beside the next one's product; the GPU counts the first alone."""
@@ -146,32 +147,27 @@ def test_in_bands(
     counts = ALL if mask is None else mask
     with_gradient = int((counts if live is None else counts & live).sum())
     rest = int(counts.sum()) - with_gradient
-    after = {24: [8, 8], 18: [5, 5], 16: [8], 12: [4], 0: []}[with_gradient]
-    assert products == [(8, min(8, with_gradient)), *[(n, n) for n in [*after, rest] if n > 0]]
+    after = {24: [8, 8], 18: [8, 2], 16: [8], 12: [4], 0: []}[with_gradient]
+    expected = [(8, min(8, with_gradient), 0), *[(n, n, 8) for n in after], *[(rest, rest, 0)] * (rest > 0)]
+    assert in_bands == expected
 
 
-@pytest.mark.usefixtures("bands")
-def test_several_sections_in_bands(products: list[tuple[int, int]]) -> None:
+def test_several_sections_in_bands(in_bands: list[tuple[int, int, int]]) -> None:
     """The first of each has nothing beside it, and the last of each becomes its gradient by itself."""
     check(losses(needs=(True, False, False), workspace=11 * (2 * V + 8 * H)), None, None)
-    assert products == [(6, 6), (5, 5), (6, 6), (5, 5), (2, 2)]
-    products.clear()
+    assert in_bands == [(8, 8, 0), (3, 3, 8), (8, 8, 0), (3, 3, 8), (2, 2, 0)]
+    in_bands.clear()
     check(losses(mask=MASK, live=LIVE, allow_sync=False), MASK, None)
-    assert products == [(8, 8)] * 3
+    assert in_bands == [(8, 8, 0), (8, 8, 8), (8, 8, 8)]
 
 
-@pytest.mark.parametrize("rows", [1, 255, 2_048, 2_049, 4_736, 8_192, 131_072])
-@pytest.mark.parametrize("first", [0, 1, 2_048])
-def test_bands_are_all_of_a_section(first: int, rows: int) -> None:
-    bands = list(_chunks._bands(slice(100, 100 + rows), first, 2_048))
-    assert [band.start for band in bands] == [100, *(band.stop for band in bands[:-1])]
-    assert bands[-1].stop == 100 + rows
-    assert bands[0].stop == 100 + min(first, rows) or first == 0
-    sizes = [band.stop - band.start for band in bands[int(first > 0) :]]
-    assert all(0 < n <= _workspace.BAND_ROWS for n in sizes)
-    assert all(n % 256 == 0 and n - sizes[-1] < 256 * len(sizes) for n in sizes[:-1]), "about as many in each"
-    short = list(_chunks._bands(slice(100, 100 + rows), first, 896))
-    assert len(short) == 1 + (0 < first < rows), "all that are left"
+@pytest.mark.parametrize(("name", "value"), [("BAND_HIDDEN_SIZE", H + 1), ("BAND_ROWS", N)])
+def test_in_one_band(
+    name: str, value: int, in_bands: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_workspace, name, value)
+    check(losses(), None, None)
+    assert in_bands == [(N, N, 0)]
 
 
 def test_what_one_launch_cannot_have(products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:

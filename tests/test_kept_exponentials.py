@@ -37,7 +37,7 @@ ROOM = N * (2 * V + 8 * H)
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows count in each product for logits."""
     found: list[int] = []
-    monkeypatch.setattr(_linear_logps, "row_kernels", with_stand_in(lambda rows, count: found.append(count)))
+    monkeypatch.setattr(_linear_logps, "row_kernels", with_stand_in(lambda rows, count, _: found.append(count)))
     return found
 
 

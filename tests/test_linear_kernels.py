@@ -266,7 +266,7 @@ def test_every_element_of_the_gradient(
 @pytest.mark.parametrize("split", [None, 9_728])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_rows_converted_beside_another_product(entropy: bool, split: int | None, beside: int) -> None:
-    """The bits are those of the two by themselves, whichever is done first: 1 row is, 500 are not."""
+    """The bits are those of the two by themselves, with 1 row beside them and with 500."""
     from grpo_fast import cuda_linear
 
     count, vocabulary = 600, 20_001
@@ -363,7 +363,7 @@ WORKSPACES = pytest.mark.parametrize(
 
 @pytest.fixture(params=[False, True], ids=["", "bands"])
 def bands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether sections are in bands, of 64 rows at most."""
+    """Whether sections are in bands, of 64 rows."""
     if request.param:
         monkeypatch.setattr(_workspace, "BAND_ROWS", 64)
         monkeypatch.setattr(_workspace, "BAND_HIDDEN_SIZE", 1)
@@ -382,8 +382,7 @@ def test_loss(config: dict[str, Any], workspace: int | None, bands: bool, launch
 
 
 def in_bands(rows: int) -> list[int]:
-    """About as many in each, in whole eighths of 64."""
-    return {700: [64] * 10 + [60], 199: [56, 56, 56, 31], 103: [56, 47]}[rows]
+    return [min(64, rows - start) for start in range(0, rows, 64)]
 
 
 @WORKSPACES

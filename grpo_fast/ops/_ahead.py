@@ -18,15 +18,15 @@ class Ahead(NamedTuple):
     """What is under way.
 
     Attributes:
-        product: Of all rows by their places, or the first band of them; those with a gradient count if there is to be
-            one, else those that are projected.
-        rows: How many these are at the most.
+        product: Of all rows by their places, or of the first band; those with a gradient count if there is to be one,
+            else those that are projected.
+        launched: How many rows these are at the most.
         states: (N, H), in that order, of all.
         section: Where the product leaves exponentials, if there is to be a gradient.
     """
 
     product: Any
-    rows: int
+    launched: int
     states: Tensor
     section: Section | None
 
@@ -48,8 +48,8 @@ def product_ahead(
 ) -> Ahead | None:
     """Launch the product of ``hidden`` (B, T, H) and ``weight`` (V, H) for tokens ``index`` (N,).
 
-    If there is to be a gradient, that of the first band (``_chunks.py``). None if there are no kernels for that, or
-    one section cannot have all rows.
+    Of the first band, where sections have bands. None if there are no kernels for that, or if one section cannot have
+    all rows.
     """
     if kernels.linear is None or choice.count == 0:
         return None
@@ -65,8 +65,8 @@ def product_ahead(
     if section is None and (choice.gradient or choice.count > LAUNCH_ROWS):
         return None
     x = states[slice(0, choice.count)]
-    rows = choice.count if section is None or sparse else band_rows(choice.count, weight.size(1))
-    first = slice(0, min(rows, choice.count))
+    band = None if section is None else band_rows(weight.size(1), sparse=sparse)
+    first = slice(0, min(band or choice.count, choice.count))
     product = linear.product(
         x[first],
         weight,

@@ -11,14 +11,14 @@ Logits come from the product in float32. Their gradient is rounded to the precis
 what that gives is added up in float32 and rounded once.
 
 The gradients of several chunks, a section, enter the products together; ``_workspace.py`` says how many rows either
-has. Where kernels take hidden states, there are no logits, and a chunk is a section, or a band of one, of which the
-gradient may be made as late as beside the next band's product. A section of all rows may have its gradients in two
-parts, of the first words and of the rest (``_section.py``):
+has. Where kernels take hidden states, there are no logits, and a chunk is a section, or a band of one, whose gradient
+may come as late as its section ends. A section of all rows may have its gradients in two parts, of the first words and of
+the rest (``_section.py``):
 
     for rows, live in head.chunks():
         ...                                     # from head.states(rows) and head.weight to head.gradient(rows)
         if head.ends_section(rows):
-            ...                                 # by then, all that is to be there is
+            ...                                 # what is still to be there
         head.backpropagate(rows)
 """
 
@@ -42,7 +42,7 @@ from grpo_fast.ops._products import (
 from grpo_fast.ops._rows import HiddenRows
 from grpo_fast.ops._section import Section
 from grpo_fast.ops._vocabulary_parallel import resolve
-from grpo_fast.ops._workspace import RowsAtATime, Sum, band_rows, row_width, rows_at_a_time, section_rows
+from grpo_fast.ops._workspace import RowsAtATime, Sum, row_width, rows_at_a_time, section_rows
 
 
 class Needs(NamedTuple):
@@ -145,8 +145,7 @@ class ChunkedHead:
             there are none.
         sparse: Whether rows of the gradient may be sparse; a ``SparseGradient`` then takes those.
         section: ``section_of_all`` rows, or of more; None if there is to be one here.
-        in_bands: Whether chunks of rows with a gradient are bands, of which a section may have several.
-        first_band: How many rows the first one has; 0 if that is not settled.
+        band_rows: How many rows with a gradient a chunk has, if that is less than there is room for.
     """
 
     def __init__(
@@ -163,8 +162,7 @@ class ChunkedHead:
         logits_a_row: int = 1,
         sparse: bool = False,
         section: Section | None = None,
-        in_bands: bool = False,
-        first_band: int = 0,
+        band_rows: int | None = None,
     ) -> None:
         V, H = weight.shape
         hidden = states.hidden
@@ -185,8 +183,8 @@ class ChunkedHead:
         )
         if section is not None:
             chunk, most = max(chunk, rows.live), max(rows.live, 1)
-        self._chunk_rows, self._section_rows, self._in_bands = chunk, most, in_bands
-        self._first_band = first_band
+        self._chunk_rows, self._section_rows = chunk, most
+        self._band_rows = min(chunk, band_rows or chunk)
         self._part = slice(0, 0)
         longest = {
             live: max((_length(part) for part, of_live in self._sections() if of_live == live), default=0)
@@ -224,12 +222,7 @@ class ChunkedHead:
             if not live and not self._in_place:
                 self._section.release()  # its last gradients are done with
             self._part, self._x = section, self._states[section]
-            if live and self._in_bands:
-                first = self._first_band if section.start == 0 else 0
-                chunks = _bands(section, first, self.weight.size(1))
-            else:
-                chunks = _steps(section, self._chunk_rows)
-            for chunk in chunks:
+            for chunk in _steps(section, self._band_rows if live else self._chunk_rows):
                 yield chunk, live
 
     def _sections(self) -> Iterator[tuple[slice, bool]]:
@@ -389,14 +382,6 @@ def _steps(rows: slice, size: int) -> Iterator[slice]:
     """``rows`` in parts of so many."""
     for start in range(rows.start, rows.stop, size):
         yield slice(start, min(start + size, rows.stop))
-
-
-def _bands(section: slice, first: int, hidden_size: int) -> Iterator[slice]:
-    """A section in bands, the first one of so many rows unless that is 0."""
-    rest = slice(min(section.start + first, section.stop), section.stop)
-    if first > 0:
-        yield slice(section.start, rest.start)
-    yield from _steps(rest, band_rows(_length(rest), hidden_size))
 
 
 def wanted(*inputs: Tensor | None) -> list[bool]:

@@ -19,6 +19,7 @@ from grpo_fast.ops._row_kernels import Gradient, linear_kernels, row_kernels
 from grpo_fast.ops._rows import Choice, HiddenRows, as_rows, may_wait
 from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._token_loss import METRICS, term_options
+from grpo_fast.ops._workspace import band_rows
 
 #: What a row leaves behind: log-prob, entropy, weighted loss, KL, ratio, clip.
 ROW_RESULTS = 6
@@ -121,7 +122,7 @@ def linear_token_loss(
         states = HiddenRows(hidden, rows, dtype, None if ahead is None else ahead.states)
         by: Gradient = "by exponentials" if rows.live else "none"
         linear = linear_kernels(kernels, states, weight, label_smoothing, softcap, gradient=by)
-        known = 0 if ahead is None else min(ahead.rows, rows.live if any(wants) else rows.total)
+        launched = 0 if ahead is None else min(ahead.launched, rows.live if any(wants) else rows.total)
         head = ChunkedHead(
             states,
             weight,
@@ -134,8 +135,7 @@ def linear_token_loss(
             logits_a_row=int(linear is None),
             sparse=sparse_grad_tol is not None,
             section=None if ahead is None else ahead.section,
-            in_bands=linear is not None and sparse_grad_tol is None,
-            first_band=known,
+            band_rows=None if linear is None else band_rows(weight.size(1), sparse=sparse_grad_tol is not None),
         )
         sparse = sparse_gradient(head, linear, sparse_grad_tol, may_wait(allow_sync, hidden))
         inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)
@@ -158,7 +158,7 @@ def linear_token_loss(
             tau_neg=tau_neg,
             entropy_coef=entropy_coef,
         )
-        left = None  # exponentials of the band before, to be made its gradient
+        pending = None  # exponentials of the band before, which are to be its gradient
         for part, has_gradient in head.chunks():
             ids, adv, weights, old, ref, chosen, ratio, kept = (None if x is None else x[part] for x in per_token)
             assert ids is not None
@@ -180,20 +180,19 @@ def linear_token_loss(
             )
             memory = head.gradient(part) if has_gradient else ()
             if linear is not None:
-                if ahead is not None and part.stop <= known:
+                if ahead is not None and part.stop <= launched:
                     product = ahead.product[part]
                 else:
                     model = head.states(part), weight, bias, ids
-                    product = linear.product(*model, memory=memory, meanwhile=left, **logits_options)
-                exponentials = linear.loss_rows(found, product, *rest, **options)
-                left = None
+                    product = linear.product(*model, memory=memory, meanwhile=pending, **logits_options)
+                exponentials, pending = linear.loss_rows(found, product, *rest, **options), None
                 if has_gradient and sparse is not None:
                     sparse.backpropagate(part, exponentials)
                 elif has_gradient and head.ends_section(part):
                     exponentials.gradient()
                     head.backpropagate(part)
                 elif has_gradient:
-                    left = exponentials
+                    pending = exponentials
             else:
                 logits = head.logits(part)
                 labels = as_address(ids, logits.size(1)) if label_smoothing else ids
