@@ -197,6 +197,7 @@ struct Conversion {
   Head head;
   Exponentials exponentials;
   const float4* slopes;  // (count,)
+  bool tilted;           // whether entropies have a gradient too
 };
 
 // The product: the statistics of each row, and the exponentials. Where it leaves these, it may convert the rows of
@@ -217,7 +218,7 @@ cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& pla
                                        cudaStream_t stream);
 
 // The conversion by a kernel of its own: of all rows, or of so many in `which`.
-cudaError_t linear_gradient(const Conversion& conversion, const int64_t* which, int count, cudaStream_t stream);
+cudaError_t linear_gradient(const Conversion& all, const int64_t* which, int count, cudaStream_t stream);
 
 // Rows are short or long, by the number of their elements, or dense.
 struct SparseTotals {

@@ -286,12 +286,13 @@ PYBIND11_MODULE(_C, m) {
            py::arg("totals"), py::arg("room"), py::arg("most_dense"));
 
   py::class_<gf::Conversion>(m, "Conversion")
-      .def(py::init([](const gf::Head& head, const gf::Exponentials& exponentials, Address slopes) -> gf::Conversion {
+      .def(py::init([](const gf::Head& head, const gf::Exponentials& exponentials, Address slopes,
+                       bool tilted) -> gf::Conversion {
              want(head.hidden.dtype == gf::DType::kBFloat16, "hidden's dtype", static_cast<int>(head.hidden.dtype),
                   "1 (bfloat16)");
-             return {head, exponentials, pointer<const float4>(slopes)};
+             return {head, exponentials, pointer<const float4>(slopes), tilted};
            }),
-           py::arg("head"), py::arg("exponentials"), py::arg("slopes"));
+           py::arg("head"), py::arg("exponentials"), py::arg("slopes"), py::arg("tilted"));
 
   m.def("linear_lanes", &gf::linear_lanes, py::arg("count"), py::arg("multiprocessors"));
   m.def("linear_lanes_at_most", &gf::linear_lanes_at_most, py::arg("multiprocessors"));

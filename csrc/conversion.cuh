@@ -1,5 +1,5 @@
 // From a row's exponentials to the gradient of its logits, in their place: by a kernel of its own (linear_rows.cu), or
-// by warps of the product with other rows (linear_statistics.cu).
+// by warps of the product with the next rows (linear_statistics.cu).
 
 #pragma once
 
@@ -9,106 +9,101 @@
 
 namespace grpo_fast {
 
-constexpr int kSliceVectors = 512;  // of 16 bytes, of what is converted at a time
-constexpr int kLoads = 4;           // of 16 bytes, in flight per thread
+constexpr int kVectorsAThread = 4;  // of 16 bytes, in flight per thread
 
-// Vectors of a row that lie together.
+// Vectors of a row, from `first` to `end` of those that lie together; the row's words begin `before` vectors earlier.
 struct SliceOfRow {
-  int first, end;
+  int before, first, end;
 };
 
+// A row in slices of so many vectors.
+template <int kVectors>
 class Slices {
  public:
   __host__ __device__ Slices(const Head& head, const Exponentials& all)
       : early_(((head.V < all.split ? head.V : all.split) + 7) / 8),
         late_(head.V < all.split ? 0 : (head.V - all.split + 7) / 8) {}
 
-  // Of a row.
-  __host__ __device__ int count() const { return in_slices(early_) + in_slices(late_); }
+  __host__ __device__ int count() const { return early() + (late_ + kVectors - 1) / kVectors; }
 
   __device__ SliceOfRow operator[](int i) const {
-    const bool is_late = i >= in_slices(early_);
-    const int first = is_late ? early_ + (i - in_slices(early_)) * kSliceVectors : i * kSliceVectors;
-    return {first, min(first + kSliceVectors, is_late ? early_ + late_ : early_)};
+    const bool is_late = i >= early();
+    const int first = (is_late ? i - early() : i) * kVectors, vectors = is_late ? late_ : early_;
+    return {is_late ? early_ : 0, first, min(first + kVectors, vectors)};
   }
 
  private:
-  __host__ __device__ static int in_slices(int vectors) { return (vectors + kSliceVectors - 1) / kSliceVectors; }
+  __host__ __device__ int early() const { return (early_ + kVectors - 1) / kVectors; }
 
-  int early_, late_;  // vectors in the first place, and in the other
+  int early_, late_;
 };
 
 class RowConversion {
  public:
-  __device__ RowConversion(const Conversion& conversion, int n)
-      : conversion_(conversion), n_(n), slopes_(reinterpret_cast<const Slopes*>(conversion.slopes)[n]) {
-    const int64_t id = integer(conversion.head.ids, n);
-    target_ = id >= 0 && id < conversion.head.V ? static_cast<int>(id) : -8;  // in no vector
+  __device__ RowConversion(const Conversion& all, int n)
+      : all_(all), n_(n), slopes_(reinterpret_cast<const Slopes*>(all.slopes)[n]) {
+    const int64_t id = integer(all.head.ids, n);
+    target_ = id >= 0 && id < all.head.V ? static_cast<int>(id) : -8;  // in no vector
     zero_ = slopes_.zero();
-    up_ = conversion.exponentials.bases[n] - slopes_.shift;
+    up_ = all.exponentials.bases[n] - slopes_.shift;
     factor_ = zero_ ? 0.0f : exp2f(up_);
   }
 
-  // Convert a slice, by so many threads, in whole warps, of which this is one.
-  template <int kThreads>
-  __device__ void convert(const SliceOfRow& slice, int thread) const {
-    uint4* const values = reinterpret_cast<uint4*>(place_of(conversion_.exponentials, n_, slice.first * 8));
-    if (!zero_ && -up_ > kFar) {
-      project<kThreads / 32>(slice, thread / 32, values);
-      return;
+  // Of a slice the vectors from this one on, `kStride` apart, as many as a thread takes.
+  template <bool kTilt, int kStride>
+  __device__ void convert(const SliceOfRow& slice, int first) const {
+    uint4* const row = reinterpret_cast<uint4*>(place_of(all_.exponentials, n_, slice.before * 8));
+    uint4 raw[kVectorsAThread] = {};
+#pragma unroll
+    for (int j = 0; j < kVectorsAThread; ++j) {
+      if (!zero_ && first + j * kStride < slice.end) raw[j] = __ldcs(&row[first + j * kStride]);
     }
-    const int count = slice.end - slice.first;
-    for (int first = thread; first < count; first += kThreads * kLoads) {
-      uint4 raw[kLoads] = {};
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        if (!zero_ && first + j * kThreads < count) raw[j] = __ldcs(&values[first + j * kThreads]);
+    for (int j = 0; j < kVectorsAThread; ++j) {
+      const int vector = first + j * kStride;
+      if (vector >= slice.end) break;
+      float x[8];
+      unpack_exponentials(raw[j], x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = slopes_.of_exponential<kTilt>(x[i], factor_, up_);
+      store(row, slice, vector, x);
+    }
+  }
+
+  // Whether the exponentials are of no use.
+  __device__ bool far() const { return !zero_ && -up_ > kFar; }
+
+  // All of a slice of a row that is far, from its logits, by so many warps.
+  __device__ void project(const SliceOfRow& slice, int warp, int warps) const {
+    const int lane = threadIdx.x % 32;
+    uint4* const row = reinterpret_cast<uint4*>(place_of(all_.exponentials, n_, slice.before * 8));
+    for (int vector = slice.first + warp; vector < slice.end; vector += warps) {
+      const int first = (slice.before + vector) * 8, words = min(all_.head.V - first, 8);
+      float mine = 0.0f;  // in the first lanes, a word each
+#pragma unroll 1
+      for (int i = 0; i < words; ++i) {
+        float u = logit<__nv_bfloat16>(all_.head, n_, first + i, lane, 32);
+        for (int across = 16; across > 0; across /= 2) u += __shfl_xor_sync(~0u, u, across);
+        // With a tilt, as it is 0 where there is none.
+        if (lane == i) mine = slopes_.at<false, true>(u, all_.head.options.slope * kLog2e, all_.head.options);
       }
+      float x[8];
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        const int i = first + j * kThreads;
-        if (i >= count) break;
-        float x[8];
-        unpack_exponentials(raw[j], x);
-        // With a tilt, as it is 0 where there is none: what it costs is beside the memory's time.
-#pragma unroll
-        for (int k = 0; k < 8; ++k) x[k] = slopes_.of_exponential<true>(x[k], factor_, up_);
-        store(&values[i], slice.first + i, x);
-      }
+      for (int i = 0; i < 8; ++i) x[i] = __shfl_sync(~0u, mine, i);
+      if (lane == 0) store(row, slice, vector, x);
     }
   }
 
  private:
-  // The same from the logits, of a row whose exponentials are of no use.
-  template <int kWarps>
-  __device__ void project(const SliceOfRow& slice, int warp, uint4* values) const {
-    const Head& head = conversion_.head;
-    const int lane = threadIdx.x % 32;
-    for (int vector = slice.first + warp; vector < slice.end; vector += kWarps) {
-      const int words = min(head.V - vector * 8, 8);
-      float mine = 0.0f;  // in the first lanes, a word each
-#pragma unroll 1
-      for (int k = 0; k < words; ++k) {
-        float u = logit<__nv_bfloat16>(head, n_, vector * 8 + k, lane, 32);
-        for (int across = 16; across > 0; across /= 2) u += __shfl_xor_sync(~0u, u, across);
-        if (lane == k) mine = slopes_.at<false, true>(u, head.options.slope * kLog2e, head.options);
-      }
-      float x[8];
+  __device__ void store(uint4* row, const SliceOfRow& slice, int vector, float (&x)[8]) const {
+    if (target_ >> 3 == slice.before + vector) {
 #pragma unroll
-      for (int k = 0; k < 8; ++k) x[k] = __shfl_sync(~0u, mine, k);
-      if (lane == 0) store(&values[vector - slice.first], vector, x);
+      for (int i = 0; i < 8; ++i) x[i] = i == (target_ & 7) ? slopes_.at_target : x[i];
     }
+    store_together(reinterpret_cast<__nv_bfloat16*>(&row[vector]), x);
   }
 
-  __device__ void store(uint4* to, int vector, float (&x)[8]) const {
-    if (target_ >> 3 == vector) {
-#pragma unroll
-      for (int k = 0; k < 8; ++k) x[k] = k == (target_ & 7) ? slopes_.at_target : x[k];
-    }
-    store_together(reinterpret_cast<__nv_bfloat16*>(to), x);
-  }
-
-  const Conversion& conversion_;
+  const Conversion& all_;
   int n_, target_;
   Slopes slopes_;
   float up_, factor_;

@@ -9,6 +9,7 @@ namespace grpo_fast {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kVectorsABlock = kThreads * kVectorsAThread;
 
 // A row's softmax, from what the lanes found.
 __device__ Softmax softmax(const Head& head, const Partials& partials, int n) {
@@ -67,12 +68,17 @@ cudaError_t launch_by_row(Kernel* kernel, const Head& head, cudaStream_t stream,
 
 // A block a slice of a row, of all rows or of those in `which`: each exponential is read once and the gradient written
 // in its place. Neighbouring blocks are at neighbouring slices.
-__global__ void __launch_bounds__(kThreads)
-    gradient_kernel(const __grid_constant__ Conversion conversion, const int64_t* which) {
-  const Slices slices(conversion.head, conversion.exponentials);
+template <bool kTilt>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(const Conversion all, const int64_t* which) {
+  const Slices<kVectorsABlock> slices(all.head, all.exponentials);
   const int place = blockIdx.x / slices.count();
-  const RowConversion row(conversion, which == nullptr ? place : static_cast<int>(which[place]));
-  row.convert<kThreads>(slices[blockIdx.x % slices.count()], threadIdx.x);
+  const RowConversion row(all, which == nullptr ? place : static_cast<int>(which[place]));
+  const SliceOfRow slice = slices[blockIdx.x % slices.count()];
+  if (row.far()) {
+    row.project(slice, threadIdx.x / 32, kThreads / 32);
+  } else {
+    row.convert<kTilt, kThreads>(slice, slice.first + threadIdx.x);
+  }
 }
 
 }  // namespace
@@ -93,9 +99,10 @@ cudaError_t linear_slopes(const Head& head, const LogProbs& results, const uint8
                        reinterpret_cast<Slopes*>(slopes));
 }
 
-cudaError_t linear_gradient(const Conversion& conversion, const int64_t* which, int count, cudaStream_t stream) {
-  const unsigned slices = Slices(conversion.head, conversion.exponentials).count();
-  gradient_kernel<<<count * slices, kThreads, 0, stream>>>(conversion, which);
+cudaError_t linear_gradient(const Conversion& all, const int64_t* which, int count, cudaStream_t stream) {
+  const auto kernel = all.tilted ? gradient_kernel<true> : gradient_kernel<false>;
+  const unsigned slices = Slices<kVectorsABlock>(all.head, all.exponentials).count();
+  kernel<<<count * slices, kThreads, 0, stream>>>(all, which);
   return cudaGetLastError();
 }
 

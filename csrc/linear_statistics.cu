@@ -46,6 +46,7 @@ constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kRowBytes = kRows * kDepth * 2, kWordBytes = kWords * kDepth * 2;
 constexpr int kStageBytes = kRowBytes + kWordBytes;
 constexpr int kSharedBytes = kStages * (kStageBytes + 2 * 8) + 1024;  // and what aligns it to the swizzle's period
+constexpr int kVectorsASlice = 1024;                                  // of what a warp converts at a time
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -75,8 +76,8 @@ struct Problem {
   Exponentials exponentials;  // their place is that of the gradient too
   const Slopes* slopes;       // (count,), of the gradient
   Partials partials;
-  Conversion meanwhile = {};  // of no rows if there is nothing to convert
-  int* next_slice = nullptr;  // of its slices, the first that no warp has taken
+  Conversion meanwhile;  // of no rows if there is nothing to convert
+  int* next_slice;       // of its slices, the first that no warp has taken
 };
 
 __host__ __device__ inline int pairs_of(int rows) { return (rows + kCluster * kRows - 1) / (kCluster * kRows); }
@@ -100,14 +101,26 @@ __device__ inline Item item_of(int i, int pairs, int lanes) {
 }
 
 // A warp takes slices of another product's rows until there are no more.
-__device__ inline void convert_slices(const Conversion& conversion, int* next_slice) {
-  const Slices slices(conversion.head, conversion.exponentials);
-  const int in_a_row = slices.count(), total = conversion.head.count * in_a_row, lane = threadIdx.x % 32;
+__device__ inline void convert_slices(const Conversion& all, int* next_slice) {
+  const Slices<kVectorsASlice> slices(all.head, all.exponentials);
+  const int in_a_row = slices.count(), total = all.head.count * in_a_row, lane = threadIdx.x % 32;
   if (total == 0) return;
   const auto take = [&] { return lane == 0 ? atomicAdd(next_slice, 1) : 0; };
   for (int i = __shfl_sync(~0u, take(), 0); i < total;) {
     const int following = take();  // in the first lane, and there when it is needed
-    RowConversion(conversion, i / in_a_row).convert<32>(slices[i % in_a_row], lane);
+    const RowConversion row(all, i / in_a_row);
+    const SliceOfRow slice = slices[i % in_a_row];
+    if (row.far()) {
+      row.project(slice, 0, 1);
+    } else {
+      for (int vector = slice.first + lane; vector < slice.end; vector += 32 * kVectorsAThread) {
+        if (all.tilted) {
+          row.convert<true, 32>(slice, vector);
+        } else {
+          row.convert<false, 32>(slice, vector);
+        }
+      }
+    }
     i = __shfl_sync(~0u, following, 0);
   }
 }
@@ -115,7 +128,7 @@ __device__ inline void convert_slices(const Conversion& conversion, int* next_sl
 template <typename T, bool kSoftcap, bool kBias, Makes kMakes>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
-                   const __grid_constant__ Problem problem) {
+                   const Problem problem) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char memory[];
   char* const stages = memory + (-shared_address(memory) & 1023);
@@ -422,7 +435,7 @@ cudaError_t linear_gradient_by_product(const Head& head, const Exponentials& pla
   CUtensorMap hidden, weight;
   const cudaError_t error = describe_head(&hidden, &weight, head);
   if (error != cudaSuccess) return error;
-  const Problem problem = {head, place, reinterpret_cast<const Slopes*>(slopes), {}};
+  const Problem problem = {head, place, reinterpret_cast<const Slopes*>(slopes), {}, {}, nullptr};
   return launch(
       tilted ? choose_gradient_kernel<Makes::kTiltedGradient>(head) : choose_gradient_kernel<Makes::kGradient>(head),
       hidden, weight, problem, stream);

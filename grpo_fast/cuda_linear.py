@@ -205,7 +205,10 @@ class Exponentials:
     def conversion(self) -> _C.Conversion:
         """As kernels take it."""
         return _C.Conversion(
-            head=self.product.head, exponentials=self.product.exponentials, slopes=self.slopes.data_ptr()
+            head=self.product.head,
+            exponentials=self.product.exponentials,
+            slopes=self.slopes.data_ptr(),
+            tilted=self.tilted,
         )
 
     def gradient(self, which: Tensor | None = None) -> None:

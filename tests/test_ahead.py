@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 from conftest import DEVICE, KERNELS, rand
 from linear_stand_in import with_stand_in
 
-from grpo_fast.ops import _ahead, _linear_token_loss, _workspace
+from grpo_fast.ops import _ahead, _chunks, _linear_token_loss, _workspace
 from grpo_fast.ops._linear_token_loss import cross_entropy_rows
 
 pytestmark = [
@@ -147,15 +148,15 @@ def test_in_bands(
     counts = ALL if mask is None else mask
     with_gradient = int((counts if live is None else counts & live).sum())
     rest = int(counts.sum()) - with_gradient
-    after = {24: [8, 8], 18: [8, 2], 16: [8], 12: [4], 0: []}[with_gradient]
-    expected = [(8, min(8, with_gradient), 0), *[(n, n, 8) for n in after], *[(rest, rest, 0)] * (rest > 0)]
-    assert in_bands == expected
+    bands = [8, *{24: [8, 8], 18: [5, 5], 16: [8], 12: [4], 0: []}[with_gradient]]
+    beside = [(n, n, before) for before, n in pairwise(bands)]
+    assert in_bands == [(8, min(8, with_gradient), 0), *beside, *[(rest, rest, 0)] * (rest > 0)]
 
 
 def test_several_sections_in_bands(in_bands: list[tuple[int, int, int]]) -> None:
     """The first of each has nothing beside it, and the last of each becomes its gradient by itself."""
     check(losses(needs=(True, False, False), workspace=11 * (2 * V + 8 * H)), None, None)
-    assert in_bands == [(8, 8, 0), (3, 3, 8), (8, 8, 0), (3, 3, 8), (2, 2, 0)]
+    assert in_bands == [(6, 6, 0), (5, 5, 6), (6, 6, 0), (5, 5, 6), (2, 2, 0)]
     in_bands.clear()
     check(losses(mask=MASK, live=LIVE, allow_sync=False), MASK, None)
     assert in_bands == [(8, 8, 0), (8, 8, 8), (8, 8, 8)]
@@ -168,6 +169,20 @@ def test_in_one_band(
     monkeypatch.setattr(_workspace, name, value)
     check(losses(), None, None)
     assert in_bands == [(N, N, 0)]
+
+
+@pytest.mark.parametrize("rows", [1, 255, 2_048, 2_049, 4_736, 8_192, 131_072])
+@pytest.mark.parametrize("first", [0, 1, 2_048])
+def test_bands_are_all_of_a_section(first: int, rows: int) -> None:
+    bands = list(_chunks._bands(slice(100, 100 + rows), first, 2_048))
+    assert [band.start for band in bands] == [100, *(band.stop for band in bands[:-1])]
+    assert bands[-1].stop == 100 + rows
+    assert bands[0].stop == 100 + min(first, rows) or first == 0
+    sizes = [band.stop - band.start for band in bands[int(first > 0) :]]
+    assert all(0 < n <= _workspace.BAND_ROWS for n in sizes)
+    assert all(n % 256 == 0 and n - sizes[-1] < 256 * len(sizes) for n in sizes[:-1]), "about as many in each"
+    short = list(_chunks._bands(slice(100, 100 + rows), first, 896))
+    assert len(short) == 1 + (0 < first < rows), "all that are left"
 
 
 def test_what_one_launch_cannot_have(products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:

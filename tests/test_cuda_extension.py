@@ -147,9 +147,10 @@ def test_exponentials() -> None:
 def test_what_leaves_no_exponentials_converts_none() -> None:
     head, nothing = _C.Head(**HEAD), _C.Exponentials(first=(0, 0), rest=(0, 0), split=256, bases=0)
     kept = _C.Exponentials(first=(64, 16), rest=(0, 0), split=256, bases=64)
-    others = _C.Conversion(head=head, exponentials=kept, slopes=64)
+    others = _C.Conversion(head=head, exponentials=kept, slopes=64, tilted=False)
+    halves = _C.Head(**{**HEAD, "hidden": (64, 2), "weight": (64, 2)})
     with pytest.raises(ValueError, match=r"hidden's dtype: got 2, want 1 \(bfloat16\)"):
-        _C.Conversion(head=_C.Head(**{**HEAD, "hidden": (64, 2), "weight": (64, 2)}), exponentials=kept, slopes=64)
+        _C.Conversion(head=halves, exponentials=kept, slopes=64, tilted=False)
     arguments: dict[str, Any] = {"device": 0, "stream": 0, "head": head, "partials": (64, 4, 64), "next_slice": 64}
     with pytest.raises(ValueError, match="meanwhile: got 4, want no rows where the product leaves no exponentials"):
         _C.linear_product(**arguments, exponentials=nothing, meanwhile=others)

@@ -65,8 +65,8 @@ def product_ahead(
     if section is None and (choice.gradient or choice.count > LAUNCH_ROWS):
         return None
     x = states[slice(0, choice.count)]
-    band = None if section is None else band_rows(weight.size(1), sparse=sparse)
-    first = slice(0, min(band or choice.count, choice.count))
+    rows = choice.count if section is None or sparse else band_rows(choice.count, weight.size(1))
+    first = slice(0, min(rows, choice.count))
     product = linear.product(
         x[first],
         weight,

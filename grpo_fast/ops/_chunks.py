@@ -12,8 +12,8 @@ what that gives is added up in float32 and rounded once.
 
 The gradients of several chunks, a section, enter the products together; ``_workspace.py`` says how many rows either
 has. Where kernels take hidden states, there are no logits, and a chunk is a section, or a band of one, whose gradient
-may come as late as its section ends. A section of all rows may have its gradients in two parts, of the first words and of
-the rest (``_section.py``):
+may come as late as its section ends. A section of all rows may have its gradients in two parts, of the first words
+and of the rest (``_section.py``):
 
     for rows, live in head.chunks():
         ...                                     # from head.states(rows) and head.weight to head.gradient(rows)
@@ -42,7 +42,7 @@ from grpo_fast.ops._products import (
 from grpo_fast.ops._rows import HiddenRows
 from grpo_fast.ops._section import Section
 from grpo_fast.ops._vocabulary_parallel import resolve
-from grpo_fast.ops._workspace import RowsAtATime, Sum, row_width, rows_at_a_time, section_rows
+from grpo_fast.ops._workspace import RowsAtATime, Sum, band_rows, row_width, rows_at_a_time, section_rows
 
 
 class Needs(NamedTuple):
@@ -145,7 +145,8 @@ class ChunkedHead:
             there are none.
         sparse: Whether rows of the gradient may be sparse; a ``SparseGradient`` then takes those.
         section: ``section_of_all`` rows, or of more; None if there is to be one here.
-        band_rows: How many rows with a gradient a chunk has, if that is less than there is room for.
+        first_band: If sections are in bands, how many rows the first of these has, where one section is of all rows;
+            0 if that is not settled.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class ChunkedHead:
         logits_a_row: int = 1,
         sparse: bool = False,
         section: Section | None = None,
-        band_rows: int | None = None,
+        first_band: int | None = None,
     ) -> None:
         V, H = weight.shape
         hidden = states.hidden
@@ -183,8 +184,7 @@ class ChunkedHead:
         )
         if section is not None:
             chunk, most = max(chunk, rows.live), max(rows.live, 1)
-        self._chunk_rows, self._section_rows = chunk, most
-        self._band_rows = min(chunk, band_rows or chunk)
+        self._chunk_rows, self._section_rows, self._first_band = chunk, most, first_band
         self._part = slice(0, 0)
         longest = {
             live: max((_length(part) for part, of_live in self._sections() if of_live == live), default=0)
@@ -222,7 +222,11 @@ class ChunkedHead:
             if not live and not self._in_place:
                 self._section.release()  # its last gradients are done with
             self._part, self._x = section, self._states[section]
-            for chunk in _steps(section, self._band_rows if live else self._chunk_rows):
+            if live and self._first_band is not None:
+                chunks = _bands(section, self._first_band, self.weight.size(1))
+            else:
+                chunks = _steps(section, self._chunk_rows)
+            for chunk in chunks:
                 yield chunk, live
 
     def _sections(self) -> Iterator[tuple[slice, bool]]:
@@ -382,6 +386,14 @@ def _steps(rows: slice, size: int) -> Iterator[slice]:
     """``rows`` in parts of so many."""
     for start in range(rows.start, rows.stop, size):
         yield slice(start, min(start + size, rows.stop))
+
+
+def _bands(section: slice, first: int, hidden_size: int) -> Iterator[slice]:
+    """A section in bands, the first one of so many rows unless that is 0."""
+    rest = slice(min(section.start + first, section.stop), section.stop)
+    if first > 0:
+        yield slice(section.start, rest.start)
+    yield from _steps(rest, band_rows(_length(rest), hidden_size))
 
 
 def wanted(*inputs: Tensor | None) -> list[bool]:

@@ -19,7 +19,6 @@ from grpo_fast.ops._row_kernels import Gradient, linear_kernels, row_kernels
 from grpo_fast.ops._rows import Choice, HiddenRows, as_rows, may_wait
 from grpo_fast.ops._sparse import sparse_gradient
 from grpo_fast.ops._token_loss import METRICS, term_options
-from grpo_fast.ops._workspace import band_rows
 
 #: What a row leaves behind: log-prob, entropy, weighted loss, KL, ratio, clip.
 ROW_RESULTS = 6
@@ -135,7 +134,7 @@ def linear_token_loss(
             logits_a_row=int(linear is None),
             sparse=sparse_grad_tol is not None,
             section=None if ahead is None else ahead.section,
-            band_rows=None if linear is None else band_rows(weight.size(1), sparse=sparse_grad_tol is not None),
+            first_band=launched if linear is not None and sparse_grad_tol is None else None,
         )
         sparse = sparse_gradient(head, linear, sparse_grad_tol, may_wait(allow_sync, hidden))
         inputs = (index, advantages, token_weights, old_logps, ref_logps, entropy_mask, sampler_ratio, rows.mask)

@@ -44,10 +44,10 @@ BYTES_IN_ELEMENTS = 12 * (SHORT_ON_AVERAGE + LONG_ON_AVERAGE)
 TILE_WORDS = 256
 #: For so many hidden units the sum's way through memory takes as long as a wave of tiles, on an H100.
 SUM_IS_A_WAVE = 6_000
-#: Where kernels take hidden states, the gradient of a section's rows is made in bands of so many, each beside the
-#: product of the next one: as many as one reading of the weight is for (kBandRows).
+#: Where kernels take hidden states, the gradient of a section's rows is made in bands of no more than these, each
+#: beside the product of the next one: as many as one reading of the weight is for (kBandRows).
 BAND_ROWS = 2_048
-#: With fewer hidden units the products are too short to have that beside them.
+#: With fewer hidden units the products are too short to have that beside them: there is one band.
 BAND_HIDDEN_SIZE = 1_024
 #: Of rows without a gradient more in a chunk gain nothing; nor in a launch, where no logits are kept.
 PASSING_ROWS = 9 * TILE_ROWS
@@ -200,9 +200,11 @@ def section_rows(rows: int, most: int, hidden_size: int) -> int:
     return best
 
 
-def band_rows(hidden_size: int, *, sparse: bool) -> int | None:
-    """How many rows a band has; None where a section has none, and is projected at once, as rows that may be sparse."""
-    return None if sparse or hidden_size < BAND_HIDDEN_SIZE else BAND_ROWS
+def band_rows(rows: int, hidden_size: int) -> int:
+    """How many rows a band has, but for the last, of so many in a section: in all about as many, by clusters."""
+    bands = max(-(-rows // BAND_ROWS), 1) if hidden_size >= BAND_HIDDEN_SIZE else 1
+    cluster = BAND_ROWS // 8
+    return max(-(-rows // (bands * cluster)) * cluster, 1)
 
 
 def check_workspace(workspace_bytes: object) -> int:
